@@ -1,0 +1,1 @@
+"""The networks and the loading of models: the only home of TensorFlow."""

@@ -1,0 +1,60 @@
+"""Extract image embeddings and logits to Parquet.
+
+    python -m pipeline.extract --input 'photos/*.jpg' --model models/nasnet_mobile --output out/a
+
+On Dataflow the same with `--runner DataflowRunner --project P --region R --temp_location gs://B/t`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from pipeline import options as flags
+from storage.errors import RequestError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that `argv` (without the program's name) asks for; returns the exit code.
+
+    0 complete, 1 the run failed, 2 the request is wrong, 3 too many failures.
+    """
+    try:
+        options, beam_args = flags.parse(sys.argv[1:] if argv is None else argv)
+        from pipeline import job  # after the flags: --help needs the standard library only
+
+        return job.tell(job.run(options, beam_args))
+    except RequestError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+
+
+def run_process(command: Callable[[], int]) -> NoReturn:
+    """Run `command` as this process: logs to stderr, signals answered, its result the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGTERM, _interrupted)
+    code = command()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # TensorFlow's and Beam's threads need not be waited for
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """End the process for a signal: 128 + its number, without a commit or temporary files."""
+    from storage.files import NewFile
+
+    NewFile.abandon_all()
+    sys.stderr.write(f"interrupted by {signal.Signals(number).name}; nothing was published\n")
+    sys.stderr.flush()
+    os._exit(128 + number)  # threads of the runner would hold a gentler exit back
+
+
+if __name__ == "__main__":
+    run_process(main)

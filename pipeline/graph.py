@@ -1,0 +1,63 @@
+"""The whole pipeline on one screen: read -> decode -> infer -> write -> publish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import apache_beam as beam
+
+from formats.dataset import Publication
+from formats.image import Preprocessing
+from formats.inputs import Source
+from formats.table import TableSpec
+from models.loading import LoadSpec
+from transforms.decode import DecodeImages
+from transforms.inference import ExtractFeatures, FrozenModelHandler
+from transforms.sink import Publish, WriteFailures, WriteFeatures
+from transforms.sources import ReadImages, Reading
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the graph is built; `started` in seconds since 1970."""
+
+    sources: tuple[Source, ...]
+    reading: Reading
+    limit: int | None
+    finished: str | None
+    preprocessing: Preprocessing
+    model: LoadSpec
+    batch_size: int
+    table: TableSpec
+    rows_per_file: int | None
+    metadata: Mapping[str, str]
+    publication: Publication
+    started: float
+
+
+def build(pipeline: beam.Pipeline, plan: Plan) -> None:
+    """Add the job to `pipeline`. Every image leaves it in one file, of features or of failures."""
+    run = plan.publication
+    to = (run.output, run.run_id)
+    read = (
+        pipeline
+        | "Sources" >> beam.Create([list(plan.sources)])
+        | ReadImages(plan.reading, plan.limit, plan.finished)
+    )
+    decoded = read.images | DecodeImages(plan.preprocessing)
+    extracted = decoded.images | ExtractFeatures(FrozenModelHandler(plan.model, plan.batch_size))
+
+    features = extracted.features | WriteFeatures(
+        *to, plan.table, run.compression, plan.rows_per_file
+    )
+    failures = (
+        (read.failures, decoded.failures, extracted.failures)
+        | "AllFailures" >> beam.Flatten()
+        | WriteFailures(*to, plan.metadata, run.compression)
+    )
+    _ = (
+        (features, failures)
+        | "AllFiles" >> beam.Flatten()
+        | Publish(run, read.skipped, plan.started)
+    )

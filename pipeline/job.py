@@ -1,0 +1,97 @@
+"""One run: check everything that can be checked first, run the graph, tell the verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from formats import dataset
+from pipeline import preflight
+from pipeline.options import Options
+from storage import files
+from storage.errors import RunError
+
+if TYPE_CHECKING:
+    from pipeline.graph import Plan
+
+COMPLETE, TOO_MANY, FAILED, DRY_RUN = "complete", "too_many_failures", "failed", "dry_run"
+EXIT_CODES = {COMPLETE: 0, DRY_RUN: 0, FAILED: 1, TOO_MANY: 3}
+DIRECT_RUNNER = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
+
+log = logging.getLogger("pipeline")
+
+
+def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
+    """Run the job; returns what the JSON line tells. Raises RequestError before any work."""
+    started = time.time()
+    run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(started)) + uuid.uuid4().hex[:8]
+    plan = preflight.make_plan(options, beam_args, run_id, started)
+    if options.dry_run:
+        preflight.try_one_image(plan)
+        return summary(plan.publication.output, DRY_RUN, None, started)
+    try:
+        run_graph(plan, beam_args)
+        verdict = dataset.read_verdict(plan.publication.output, run_id)
+        if verdict is None:
+            raise RunError(f"run {run_id} ended without a verdict in {options.output}")
+        return summary(plan.publication.output, verdict["status"], verdict["run"], started)
+    except Exception as error:
+        log.error("%s", failure_line(error))
+        return summary(plan.publication.output, FAILED, None, started)
+    finally:
+        if plan.finished:
+            files.delete([plan.finished])
+
+
+def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:
+    """Build and run the graph, and wait for it unless Beam is told not to."""
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    from pipeline import graph
+
+    beam_options = PipelineOptions(list(beam_args))
+    standard = beam_options.view_as(StandardOptions)
+    if standard.runner in (None, "DirectRunner"):
+        # Beam's own switching would first try Prism, whose binary it downloads.
+        standard.runner = DIRECT_RUNNER
+    with beam.Pipeline(options=beam_options) as pipeline:
+        graph.build(pipeline, plan)
+
+
+def failure_line(error: BaseException) -> str:
+    """What went wrong in one line under 1 kB; the first cause, not Beam's wrapping."""
+    while error.__cause__ is not None and not isinstance(error, RunError):
+        error = error.__cause__
+    text = " ".join(str(error).split())[:800]
+    return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"
+
+
+def summary(
+    output: str, status: str, counts: Mapping[str, int] | None, started: float
+) -> dict[str, Any]:
+    """The JSON line of a run; `counts` are images, features, failures and skipped of this run."""
+    counts = counts or {"images": 0, "features": 0, "failures": 0, "skipped": 0}
+    seconds = time.time() - started
+    manifest = files.join(output, "manifest.json")
+    done = counts["features"] + counts["failures"]
+    return {
+        "status": status,
+        "output": output,
+        "manifest": manifest if status == COMPLETE else None,
+        **{name: counts[name] for name in ("images", "features", "failures", "skipped")},
+        "seconds": round(seconds, 3),
+        "images_per_second": round(done / seconds, 3) if seconds else 0.0,
+    }
+
+
+def tell(result: Mapping[str, Any]) -> int:
+    """Print the JSON line as the last of stdout; returns the exit code."""
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    return EXIT_CODES[result["status"]]

@@ -1,0 +1,348 @@
+"""Every knob of the job in one frozen, validated dataclass, and its command line.
+
+Needs the standard library only, so that `--help` and a misspelt flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from pipeline.beam_flags import BEAM_FLAGS
+from storage.errors import RequestError
+
+INPUT_FORMATS = ("auto", "tfrecord", "images")
+IMAGE_FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
+SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def knob(default: Any, help: str, *, why: str = "", **spec: Any) -> Any:
+    """A field with what its flag needs: `help` for the user, `why` the default is what it is.
+
+    `spec` goes to argparse (`metavar`, `choices`, `type`, `action`), but `names`: a comma-separated
+    list, with the allowed values or () for any.
+    """
+    metadata = {"help": help, "why": why, **spec}
+    if isinstance(default, list):
+        return field(default_factory=lambda: tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def byte_size(text: str) -> int:
+    """Bytes from a count with or without a unit: `4096`, `64MiB`, `1GiB`."""
+    for unit, factor in SIZE_UNITS.items():
+        if text.endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run is to do. Raises RequestError where values cannot stand (together)."""
+
+    input: tuple[str, ...] = knob(
+        [],
+        "what to read: local path, directory (recursive), glob, gs:// or s3://; may be repeated",
+        metavar="PATTERN",
+        action="append",
+    )
+    input_format: str = knob(
+        "auto",
+        "how to read it",
+        choices=INPUT_FORMATS,
+        why="by content and ending; a directory that holds any file that is no TFRecord is images",
+    )
+    image_key: str = knob(
+        "image/encoded",
+        "feature that holds the encoded image",
+        metavar="NAME",
+        why="the name in TensorFlow's ImageNet records",
+    )
+    id_key: str | None = knob(
+        None,
+        "feature that becomes the row's key",
+        metavar="NAME",
+        why="none: the key is the path, or URI#index in a container",
+    )
+    label_key: str | None = knob(
+        "image/class/label",
+        "feature that becomes the row's label, int64 or string",
+        metavar="NAME",
+        why="the name in TensorFlow's ImageNet records; absent labels are null",
+    )
+    columns: tuple[str, ...] = knob(
+        [], "further features to carry along as columns", metavar="NAMES", names=()
+    )
+    limit: int | None = knob(
+        None, "stop after about N images", metavar="N", type=int, why="none: read everything"
+    )
+    allow_empty: bool = knob(
+        False, "an input that matches nothing is a complete, empty run", action="store_true"
+    )
+    formats: tuple[str, ...] = knob(
+        ["jpeg", "png", "webp", "gif", "bmp"],
+        "picture formats that may be decoded; tiff and avif can be added",
+        metavar="NAMES",
+        names=IMAGE_FORMATS,
+        why="what photographs come in; each further decoder is more code open to hostile bytes",
+    )
+    model: str = knob(
+        "", "the model: a local directory, TF1 hub.Module or TF2 SavedModel", metavar="HANDLE"
+    )
+    outputs: tuple[str, ...] = knob(
+        [],
+        "vectors to write",
+        metavar="NAMES",
+        names=("embedding", "logits"),
+        why="none named: all that the model has, since one pass gives both",
+    )
+    top_k: int = knob(
+        0, "also write the K highest classes and their softmax scores", metavar="K", type=int
+    )
+    class_names: str | None = knob(
+        None, "file of class names, one a line, as many as logits", metavar="URI"
+    )
+    fit: str = knob(
+        "stretch",
+        "how a picture fills the model's square: stretch all of it; slim: central 87.5 %, then "
+        "stretch; cover: short side to S, centre crop; pad: long side to S, black borders",
+        choices=("stretch", "slim", "cover", "pad"),
+        why="keeps every pixel of the picture in view",
+    )
+    filter: str = knob(
+        "antialias",
+        "resampling: antialias is Pillow's BILINEAR; bilinear takes two taps, as "
+        "tf.image.resize(antialias=False)",
+        choices=("antialias", "bilinear"),
+        why="without antialiasing a reduced photograph is mostly skipped pixels",
+    )
+    jpeg_scaling: str = knob(
+        "auto",
+        "JPEG's scaled decoding where the picture is at least twice the target both ways, with "
+        "filter antialias; off: never",
+        choices=("auto", "off"),
+        why="large photographs decode several times faster for 0.2 to 0.3 levels of difference",
+    )
+    precision: str = knob(
+        "float32",
+        "arithmetic of the model",
+        choices=("float32",),
+        why="equal to the published networks",
+    )
+    batch_size: int | None = knob(
+        None,
+        "images a batch, always padded to this size",
+        metavar="N",
+        type=int,
+        why="chosen for the device: 32 on CPU, where larger gains nothing; 256 on GPU",
+    )
+    embedding_dtype: str = knob(
+        "float32",
+        "element type of the written vectors",
+        choices=("float32", "float16"),
+        why="what the model computes, bit for bit",
+    )
+    vector_type: str = knob(
+        "list",
+        "Parquet type of the written vectors",
+        choices=("list", "fixed_size_list"),
+        why="every reader takes it; ClickHouse refuses fixed_size_list",
+    )
+    output: str = knob("", "where to write: local directory, gs:// or s3://", metavar="DIR")
+    if_exists: str = knob(
+        "error",
+        "what to do where any object lies under the output: refuse, replace it once the new one "
+        "is whole, or go on from what is finished",
+        choices=("error", "overwrite", "resume"),
+        why="nothing is lost by mistake",
+    )
+    retry_failures: bool = knob(
+        False, "with resume: try what failed in an earlier run again", action="store_true"
+    )
+    rows_per_file: int | None = knob(
+        None,
+        "most rows in one file",
+        metavar="N",
+        type=int,
+        why="none: files are bounded by bytes and by 60 s",
+    )
+    compression: str = knob(
+        "zstd",
+        "codec of the Parquet files",
+        choices=("zstd", "snappy", "gzip", "none"),
+        why="smallest at little CPU, and every reader has it",
+    )
+    max_failure_rate: float = knob(
+        0.1,
+        "largest share of failed images, 0 to 1; above it exit 3 and nothing is published",
+        metavar="SHARE",
+        type=float,
+        why="real sets hold a few bad files; a tenth means that something else is wrong",
+    )
+    on_damage: str = knob(
+        "record",
+        "damage inside a container: one failure row a damaged place and read on where possible, "
+        "or fail the run",
+        choices=("record", "fail"),
+        why="one bad sector should not cost the rest",
+    )
+    max_image_pixels: int = knob(
+        89478485,
+        "largest picture, in pixels; refused from the header",
+        metavar="N",
+        type=int,
+        why="Pillow's own bound: 256 MiB of RGB",
+    )
+    max_image_bytes: int = knob(
+        256 << 20,
+        "largest encoded picture, in bytes (or with KiB, MiB, GiB)",
+        metavar="BYTES",
+        type=byte_size,
+        why="256 MiB: several are held at once",
+    )
+    dry_run: bool = knob(
+        False, "check model, input, output and one image; run nothing", action="store_true"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("input", "model", "output"):
+            if not getattr(self, name):
+                raise RequestError(f"--{name} is required; see --help")
+        for name in ("limit", "batch_size", "rows_per_file", "max_image_pixels", "max_image_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value}: must be at least 1")
+        if not 0 <= self.max_failure_rate <= 1:
+            raise RequestError(f"--max_failure_rate {self.max_failure_rate}: a share from 0 to 1")
+        if self.top_k < 0:
+            raise RequestError(f"--top_k {self.top_k}: must be 0 (none) or more")
+        if self.class_names and not self.top_k:
+            raise RequestError("--class_names names the classes of --top_k, which is 0; give both")
+        if self.retry_failures and self.if_exists != "resume":
+            raise RequestError("--retry_failures needs --if_exists resume: nothing else is kept")
+        if not self.formats:
+            raise RequestError("--formats: at least one is needed, or no picture can be decoded")
+        repeated = {name for name in self.columns if self.columns.count(name) > 1}
+        if repeated:
+            raise RequestError(f"--columns names {', '.join(sorted(repeated))} twice")
+
+    def described(self) -> dict[str, Any]:
+        """Every field by name, as JSON holds it."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises RequestError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise RequestError with `message`."""
+        raise RequestError(message)
+
+
+def names_list(allowed: Sequence[str]) -> Any:
+    """A parser of comma-separated names; with `allowed`, of no others."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        unknown = [name for name in names if allowed and name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown)} is none of {', '.join(allowed)}"
+            )
+        return names
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `pipeline.extract`, one flag a field of `Options`."""
+    result = OneLineParser(
+        prog="python -m pipeline.extract",
+        description="Extract image embeddings and logits to Parquet. Beam's own flags "
+        "(--runner, --temp_location, ...) pass through.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
+    for knob_field in dataclasses.fields(Options):
+        spec = dict(knob_field.metadata)
+        text = spec.pop("help") + _default_text(knob_field)
+        spec.pop("why")
+        if "names" in spec:
+            spec["type"] = names_list(spec.pop("names"))
+        result.add_argument(
+            f"--{knob_field.name}", help=text.replace("%", "%%"), default=argparse.SUPPRESS, **spec
+        )
+    return result
+
+
+def default_shown(knob_field: dataclasses.Field[Any]) -> str:
+    """The default as help and README show it: `required`, `none`, `off` or the value."""
+    if knob_field.name in ("input", "model", "output"):
+        return "required"
+    if knob_field.default_factory is not dataclasses.MISSING:
+        return ",".join(knob_field.default_factory()) or "none"
+    if knob_field.default is None:
+        return "none"
+    if knob_field.default is False:
+        return "off"
+    return str(knob_field.default)
+
+
+def _default_text(knob_field: dataclasses.Field[Any]) -> str:
+    shown = default_shown(knob_field)
+    return "" if shown == "off" else f" ({shown if shown == 'required' else 'default ' + shown})"
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """`argv` as options and the flags that are Beam's. Raises RequestError for anything else."""
+    known, rest = parser().parse_known_args(list(argv))
+    _check_beam_flags(rest)
+    values = vars(known)
+    if "input" in values:
+        values["input"] = tuple(values["input"])
+    return Options(**values), rest
+
+
+def _check_beam_flags(rest: Sequence[str]) -> None:
+    """Refuse what neither we nor Beam know: Beam itself would drop it with a log line."""
+    value_may_follow = False
+    for word in rest:
+        if not word.startswith("--"):
+            if not value_may_follow:
+                raise RequestError(f"{word}: belongs to no flag; inputs are given with --input")
+            value_may_follow = False
+            continue
+        name, _, value = word[2:].partition("=")
+        if name not in BEAM_FLAGS:
+            ours = [knob_field.name for knob_field in dataclasses.fields(Options)]
+            near = difflib.get_close_matches(name, [*ours, *BEAM_FLAGS], n=1, cutoff=0.5)
+            hint = f"; did you mean --{near[0]}?" if near else "; see --help"
+            raise RequestError(f"--{name}: no such flag, here or in Beam{hint}")
+        value_may_follow = BEAM_FLAGS[name] and not value
+
+
+def options_table() -> str:
+    """The README's table of flags, in Markdown."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for knob_field in dataclasses.fields(Options):
+        meta = knob_field.metadata
+        choices = f" ({', '.join(meta['choices'])})" if "choices" in meta else ""
+        why = f". Default because: {meta['why']}" if meta["why"] else ""
+        metavar = f" {meta['metavar']}" if "metavar" in meta else ""
+        rows.append(
+            f"| `--{knob_field.name}{metavar}` | {default_shown(knob_field)} "
+            f"| {meta['help']}{choices}{why} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(options_table() + "\n")

@@ -1,0 +1,233 @@
+"""Everything that is checked and decided before any work: options -> the plan of the graph."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from formats import dataset, example, inputs
+from formats.dataset import Publication
+from formats.image import Preprocessing
+from formats.records import DecodedImage, Features, ImageRecord
+from formats.table import TableSpec, metadata_text
+from models import handles
+from pipeline.options import Options
+from storage import files
+from storage.errors import RequestError
+
+if TYPE_CHECKING:
+    from models.loading import ModelInfo
+    from pipeline.graph import Plan
+
+VERSIONED = ("apache-beam", "tensorflow", "pillow", "pyarrow", "numpy", "image-features")
+_SAMPLE = 64  # examples that are looked at for the types of label and columns
+_TRIES = 10  # images that a dry run looks at for one that can be used
+
+log = logging.getLogger("pipeline")
+
+
+def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: float) -> Plan:
+    """All decisions of a run, cheap checks first. Raises RequestError; leaves no trace."""
+    output = files.absolute(options.output)
+    if any(map(files.is_remote, (output, options.model, *options.input))):
+        _configure_stores(beam_args)
+    before = _check_output(output, options.if_exists)
+    directory = handles.resolve(options.model)
+    names = _class_names(options.class_names)
+    sources, warnings = inputs.survey(options.input, options.input_format, options.allow_empty)
+    for warning in warnings:
+        log.warning("%s", warning)
+    keys = example.ExampleKeys(
+        options.image_key, options.id_key, options.label_key, options.columns
+    )
+    types = _types(sources, keys)
+    files.check_writable(output)
+
+    from models.loading import LoadSpec, default_batch_size, load
+    from pipeline.graph import Plan
+    from transforms.sources import Reading
+
+    wanted = set(options.outputs) | ({"logits"} if options.top_k and options.outputs else set())
+    spec = LoadSpec(directory, tuple(sorted(wanted)))
+    info = load(spec).info
+    _check_classes(options, info, names)
+    preprocessing = Preprocessing(
+        info.image_size,
+        options.fit,
+        options.filter,
+        options.jpeg_scaling,
+        options.formats,
+        options.max_image_pixels,
+    )
+    model = {
+        "handle": options.model,
+        "format": info.format,
+        "fingerprint": info.fingerprint,
+        "image_size": info.image_size,
+        "outputs": dict(info.outputs),
+    }
+    written = {name: info.outputs[name] for name in options.outputs or info.outputs}
+    vectors = {
+        name: {"dtype": options.embedding_dtype, "width": width} for name, width in written.items()
+    }
+    rows = {
+        "model": info.fingerprint,
+        "preprocessing": preprocessing.describe(),
+        "precision": options.precision,
+        "vectors": vectors,
+        "vector_type": options.vector_type,
+        "top_k": options.top_k,
+        "class_names": list(names),
+        "keys": [options.image_key, options.id_key, options.label_key],
+        "label": str(types.label),
+        "columns": {name: str(kind) for name, kind in types.columns.items()},
+    }
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    metadata = metadata_text(
+        {
+            "model_handle": options.model,
+            "model_fingerprint": info.fingerprint,
+            "preprocessing": preprocessing.describe(),
+            "vectors": vectors,
+            "precision": options.precision,
+            "run_id": run_id,
+            "versions": versions,
+            dataset.ROW_META: rows,
+        }
+    )
+    try:
+        table = TableSpec(
+            written,
+            options.embedding_dtype,
+            options.vector_type,
+            options.top_k,
+            names,
+            types.label,
+            types.columns,
+            metadata,
+        )
+        table.schema()
+    except ValueError as error:
+        raise RequestError(f"--columns: {error}") from None
+    resumed = dataset.Resumed()
+    if options.if_exists == "resume":
+        resumed = dataset.resume(output, before, rows, options.retry_failures)
+    finished = None
+    if resumed.kept and not options.dry_run:
+        finished = files.join(output, f"_run-{run_id}", "finished")
+        files.write_bytes(finished, resumed.digests)
+    return Plan(
+        tuple(sources),
+        Reading(keys, types, options.max_image_bytes, options.on_damage),
+        options.limit,
+        finished,
+        preprocessing,
+        spec,
+        options.batch_size or default_batch_size(),
+        table,
+        options.rows_per_file,
+        metadata,
+        Publication(
+            output,
+            run_id,
+            options.if_exists,
+            before["run_id"] if before else None,
+            options.max_failure_rate,
+            options.compression,
+            {
+                "options": options.described(),
+                "model": model,
+                "preprocessing": preprocessing.describe(),
+                "versions": versions,
+                "warnings": warnings,
+            },
+            resumed.kept,
+            resumed.retired,
+        ),
+        started,
+    )
+
+
+def _configure_stores(beam_args: Sequence[str]) -> None:
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    FileSystems.set_options(PipelineOptions(list(beam_args)))
+
+
+def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
+    if if_exists == "error" and files.occupied(output):
+        raise RequestError(
+            f"--output {output}: something is there already, which a second run would mix with; "
+            "give another folder, --if_exists resume or --if_exists overwrite"
+        )
+    return dataset.read_manifest(output)
+
+
+def _class_names(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        return tuple(files.read_bytes(files.absolute(path)).decode().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--class_names {path}: cannot be read ({error})") from None
+
+
+def _types(sources: Sequence[inputs.Source], keys: example.ExampleKeys) -> example.ExampleTypes:
+    containers = [source for source in sources if source.format != inputs.IMAGES]
+    if keys.columns and not containers:
+        raise RequestError(
+            f"--columns {','.join(keys.columns)}: image files have no features to carry"
+        )
+    try:
+        return example.infer_types(inputs.sample(containers, _SAMPLE), keys)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    except OSError as error:
+        raise RequestError(f"--input: cannot be read ({error})") from None
+
+
+def _check_classes(options: Options, info: ModelInfo, names: Sequence[str]) -> None:
+    if not options.top_k:
+        return
+    width = info.outputs.get("logits")
+    if width is None:
+        raise RequestError(
+            f"--top_k {options.top_k}: needs logits, and the model has only "
+            f"{', '.join(info.outputs)}; give a classification model"
+        )
+    if options.top_k > width:
+        raise RequestError(f"--top_k {options.top_k}: the model has only {width} classes")
+    if names and len(names) != width:
+        raise RequestError(
+            f"--class_names {options.class_names}: {len(names)} lines for {width} classes; every "
+            "name could stand at a wrong class; give one line for each logit"
+        )
+
+
+def try_one_image(plan: Plan) -> None:
+    """Read, decode and run the first image that can be; RequestError where none of a few can."""
+    from models.loading import load
+    from transforms.decode import decode_record
+    from transforms.inference import infer_batch
+    from transforms.sources import READERS
+
+    reasons = []
+    for unit in inputs.list_units(plan.sources, _TRIES):
+        for read in READERS[unit.format](unit, plan.reading):
+            image = (
+                decode_record(read, plan.preprocessing) if isinstance(read, ImageRecord) else read
+            )
+            result = (
+                infer_batch([image], load(plan.model), plan.batch_size)[0][0]
+                if isinstance(image, DecodedImage)
+                else image
+            )
+            if isinstance(result, Features):
+                log.info("dry run: %s went through", result.ref.key)
+                return
+            reasons.append(f"{result.key}: {result.message}")
+    if reasons:
+        raise RequestError(f"--input: none of the first images can be used; {reasons[0]}")

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up .venv from the hashed lock, then runs the main job with DirectRunner.
+# Usage: ./run_local.sh [flags of python -m pipeline.extract]
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+"$root/setup_venv.sh" "$root/requirements/runtime.txt" >&2
+exec "$root/.venv/bin/python" -m pipeline.demo --root "$root" "$@"

@@ -1,0 +1,1 @@
+"""Bytes in places: local paths, gs:// and s3:// behind one set of functions."""

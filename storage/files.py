@@ -1,0 +1,308 @@
+"""Files by path or URI: local ones by the standard library, gs:// and s3:// by Beam's filesystems.
+
+Beam is imported only when a URI needs it, so that checks of local paths stay quick.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from storage.errors import RequestError
+
+REMOTE = ("gs", "s3")
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_GLOB = re.compile(r"[*?\[]")
+_COPY_BYTES = 1 << 20
+_TEMPORARY = ".tmp-"  # names that start with a dot are never inputs
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file that was listed: its path or URI and its size in bytes."""
+
+    path: str
+    size: int
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URI, not a local path; RequestError for a scheme that we cannot read."""
+    match = _SCHEME.match(path)
+    if match is None:
+        return False
+    if match[1].lower() not in REMOTE:
+        raise RequestError(
+            f"{path}: no filesystem for {match[1]}://; give a local path, gs:// or s3://"
+        )
+    return True
+
+
+def absolute(path: str) -> str:
+    """`path` as it is listed everywhere: URIs as written, local paths absolute, no `file://`."""
+    path = path.removeprefix("file://")
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def join(base: str, *parts: str) -> str:
+    """`parts` below `base`, for paths and URIs alike."""
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def _beam() -> Any:
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems
+
+
+def find(pattern: str) -> Iterator[FileInfo]:
+    """The files that `pattern` stands for, each once, in the order of their names.
+
+    A file stands for itself, a directory for every regular file below it whose own name does not
+    start with `.` or `_`, a glob for the files and directories that it matches.
+    Yields nothing where nothing is there. Raises OSError where listing is refused.
+    """
+    pattern = absolute(pattern)
+    return _find_remote(pattern) if is_remote(pattern) else _find_local(pattern)
+
+
+def _find_local(pattern: str) -> Iterator[FileInfo]:
+    literal = os.path.lexists(pattern) or not _GLOB.search(pattern)
+    seen: set[str] = set()
+    for path in [pattern] if literal else sorted(glob.iglob(pattern, recursive=True)):
+        path = path.rstrip("/")
+        for found in _walk(path) if os.path.isdir(path) else [path]:
+            if found not in seen and os.path.isfile(found):
+                seen.add(found)
+                yield FileInfo(found, os.path.getsize(found))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    entered: set[tuple[int, int]] = set()  # links between folders may form a ring
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (os.path.join(parent, name) for name in sorted(names) if not _hidden(name))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _find_remote(pattern: str) -> Iterator[FileInfo]:
+    whole_folder = False
+    if _GLOB.search(pattern):
+        found = _match(pattern)
+    else:
+        found = [] if pattern.endswith("/") else _match(pattern)
+        if not found:
+            whole_folder = True
+            found = _match(pattern.rstrip("/") + "/**")
+    for info in sorted(found, key=lambda info: info.path):
+        name = info.path.rpartition("/")[2]
+        if name and not (whole_folder and _hidden(name)):
+            yield info
+
+
+def _match(pattern: str) -> list[FileInfo]:
+    from apache_beam.io.filesystem import BeamIOError
+
+    try:
+        result = _beam().match([pattern])
+    except BeamIOError as error:
+        raise OSError(f"{pattern}: cannot be listed: {error}") from error
+    return [FileInfo(meta.path, meta.size_in_bytes) for meta in result[0].metadata_list]
+
+
+def occupied(folder: str) -> bool:
+    """Whether any object lies under `folder` (or at it)."""
+    if is_remote(folder):
+        # Limits the listing to one page on a large output.
+        return bool(_beam().match([folder.rstrip("/") + "/**"], limits=[1])[0].metadata_list)
+    if not os.path.isdir(folder):
+        return os.path.lexists(folder)
+    with os.scandir(folder) as entries:
+        return any(True for _ in entries)
+
+
+def is_file(path: str) -> bool:
+    """Whether a file (or object) lies at `path`."""
+    return bool(_beam().exists(path)) if is_remote(path) else os.path.isfile(path)
+
+
+def list_folder(folder: str) -> list[FileInfo]:
+    """Every file right in or below `folder`, hidden ones too; empty where it does not exist."""
+    if is_remote(folder):
+        return _match(folder.rstrip("/") + "/**")
+    return [
+        FileInfo(str(path), path.stat().st_size)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    ]
+
+
+def open_read(path: str) -> BinaryIO:
+    """`path` opened for reading its bytes as they are. Raises OSError."""
+    if not is_remote(path):
+        return open(path, "rb")
+    from apache_beam.io.filesystem import BeamIOError, CompressionTypes
+
+    try:
+        handle = _beam().open(
+            path, "application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
+        )
+    except BeamIOError as error:
+        raise OSError(f"{path}: {error}") from error
+    return cast(BinaryIO, handle)
+
+
+def read_bytes(path: str) -> bytes:
+    """All bytes of `path`. Raises OSError."""
+    with open_read(path) as stream:
+        return stream.read()
+
+
+class NewFile:
+    """A file that appears under its name whole and closed, or not at all.
+
+    Local: written beside its name and renamed. gs:// and s3://: written to local disk and uploaded
+    on `close`, since closing a stream after an error would publish its beginning. `size` and
+    `sha256` tell of what has been written so far.
+    """
+
+    _open: set[str] = set()  # temporaries of this process, for `abandon_all`
+
+    def __init__(self, path: str):
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._temporary: str | None = None
+        self._handle: IO[bytes]
+        if is_remote(path):
+            self._handle = tempfile.TemporaryFile()  # noqa: SIM115
+        else:
+            folder, name = os.path.split(path)
+            os.makedirs(folder, exist_ok=True)
+            self._temporary = os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{name}")
+            self._handle = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or abort
+            NewFile._open.add(self._temporary)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes so far, lower-case hex."""
+        return self._hash.hexdigest()
+
+    def write(self, data: Any) -> int:
+        """Append `data`, anything with a buffer; returns its size in bytes."""
+        view = memoryview(data).cast("B")
+        self._handle.write(view)
+        self._hash.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing to do before `close`; file-like callers expect the method."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` or `abort` was called."""
+        return self._handle.closed
+
+    def close(self) -> None:
+        """Make the file appear under its name. Raises OSError, and then nothing appears."""
+        if self.closed:
+            return
+        try:
+            if self._temporary is None:
+                self._upload()
+            self._handle.close()
+            if self._temporary is not None:
+                os.replace(self._temporary, self.path)
+                NewFile._open.discard(self._temporary)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _upload(self) -> None:
+        from apache_beam.io.filesystem import CompressionTypes
+
+        self._handle.seek(0)
+        with _beam().create(
+            self.path, "application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
+        ) as target:
+            while chunk := self._handle.read(_COPY_BYTES):
+                target.write(chunk)
+
+    def abort(self) -> None:
+        """Forget the file; nothing appears."""
+        try:
+            self._handle.close()
+        except OSError:
+            pass  # a full disk refuses the last flush, and the bytes are not wanted
+        if self._temporary is not None:
+            Path(self._temporary).unlink(missing_ok=True)
+            NewFile._open.discard(self._temporary)
+
+    @classmethod
+    def abandon_all(cls) -> None:
+        """Remove the temporaries of every unfinished local file of this process."""
+        for temporary in list(cls._open):
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """`data` at `path`, whole or not at all: a rename on a local disk, one PUT on a store."""
+    file = NewFile(path)
+    try:
+        file.write(data)
+        file.close()
+    except BaseException:
+        file.abort()
+        raise
+
+
+def delete(paths: list[str]) -> None:
+    """Remove the files at `paths`; what is gone already is no error."""
+    remote = [path for path in paths if is_remote(path)]
+    for path in set(paths) - set(remote):
+        Path(path).unlink(missing_ok=True)
+    present = [path for path in remote if _beam().exists(path)]
+    if present:
+        _beam().delete(present)
+
+
+def check_writable(folder: str) -> None:
+    """Raise RequestError unless a file can be made in `folder`; leaves no trace."""
+    made: list[Path] = []
+    probe = join(folder, f"{_TEMPORARY}probe-{uuid.uuid4().hex[:8]}")
+    try:
+        if not is_remote(folder):
+            path = Path(folder)
+            made = [p for p in [path, *path.parents] if not p.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+        write_bytes(probe, b"")
+        delete([probe])
+    except Exception as error:  # Beam's stores raise classes of their own
+        raise RequestError(
+            f"--output {folder}: cannot be written ({error}); the run would have nowhere to put "
+            "its rows; give a folder that you may write to"
+        ) from None
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()

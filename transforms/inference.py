@@ -1,0 +1,176 @@
+"""ExtractFeatures: pixels -> embeddings and logits, by RunInference with a handler of our own.
+
+Beam's TFModelHandler calls Keras 3's load_model, which refuses every SavedModel directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.ml.inference.base import ModelHandler, RunInference
+
+from formats.records import DecodedImage, Failure, Features, ImageError
+from models.loading import LoadedModel, LoadSpec, OutOfMemory, load
+from storage.errors import RunError
+from transforms.metrics import inc_counter
+
+Vectors = Mapping[str, np.ndarray]
+
+
+def infer_batch(
+    images: Sequence[DecodedImage], model: LoadedModel, batch_size: int
+) -> tuple[list[Features | Failure], int]:
+    """Features or Failure for each of `images`, in order, and the batch size that memory allowed.
+
+    At most `batch_size` images, run padded to it. A batch that fails is bisected, so that one
+    poisonous image costs one row; when memory runs out the batch is halved. If every image of a
+    batch fails, a probe picture is run, and RunError raised when that fails too.
+    """
+    size = batch_size
+    results: list[Features | Failure | None] = [_misfit(image, model) for image in images]
+    fitting = [i for i, result in enumerate(results) if result is None]
+    stack = [fitting]
+    while stack:
+        rows = stack.pop()
+        if not rows:
+            continue
+        if len(rows) > size:
+            stack += [rows[size:], rows[:size]]
+            continue
+        try:
+            vectors = run_padded(model, [images[i].pixels for i in rows], size)
+        except OutOfMemory as error:
+            if size == 1:
+                raise RunError(
+                    f"the device has no memory for a batch of one image ({error})"
+                ) from None
+            size = (size + 1) // 2
+            stack.append(rows)
+        except Exception as error:  # whatever the runtime raises is this image's reason
+            if len(rows) > 1:
+                half = len(rows) // 2
+                stack += [rows[half:], rows[:half]]
+            else:
+                reason = ImageError(type(error).__name__, str(error) or "the model refused it")
+                results[rows[0]] = _failure(images[rows[0]], reason)
+        else:
+            for at, row in enumerate(rows):
+                results[row] = _features(images[row], {k: v[at] for k, v in vectors.items()})
+    if fitting and all(isinstance(results[i], Failure) for i in fitting):
+        _probe(model, size, images[fitting[0]])
+    return [result for result in results if result is not None], size
+
+
+def run_padded(model: LoadedModel, pixels: Sequence[np.ndarray], size: int) -> Vectors:
+    """The model's vectors for `pixels`, run as one batch of exactly `size`.
+
+    One shape is one compilation, and gives a picture the same bits in every batch.
+    """
+    batch = np.zeros((size, *pixels[0].shape), np.uint8)
+    np.stack(pixels, out=batch[: len(pixels)])
+    return {name: rows[: len(pixels)] for name, rows in model(batch).items()}
+
+
+def _misfit(image: DecodedImage, model: LoadedModel) -> Failure | None:
+    """The Failure of pixels that the model cannot take: a wrong rank would abort the process."""
+    expected = (model.info.image_size, model.info.image_size, 3)
+    pixels = image.pixels
+    if pixels.shape == expected and pixels.dtype == np.uint8:
+        return None
+    message = f"pixels are {pixels.dtype} {list(pixels.shape)}, the model takes uint8 {expected}"
+    return _failure(image, ImageError("WrongPixels", message))
+
+
+def _wild(vectors: Vectors) -> list[str]:
+    return [name for name, values in vectors.items() if not np.isfinite(values).all()]
+
+
+def _features(image: DecodedImage, vectors: Vectors) -> Features | Failure:
+    wild = _wild(vectors)
+    if wild:
+        message = f"the model's {' and '.join(wild)} of this picture is not finite"
+        return _failure(image, ImageError("NotFinite", message))
+    return Features(image.ref, image.sha256, image.width, image.height, vectors)
+
+
+def _failure(image: DecodedImage, reason: ImageError) -> Failure:
+    return Failure.of(image.ref, "infer", reason, image.sha256, image.bytes)
+
+
+def _probe(model: LoadedModel, size: int, image: DecodedImage) -> None:
+    """Tell a broken model from a poisonous batch, by a grey picture."""
+    side = model.info.image_size
+    try:
+        wild = _wild(run_padded(model, [np.full((side, side, 3), 127, np.uint8)], size))
+        reason = f"its {' and '.join(wild)} is not finite" if wild else None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+    if reason:
+        raise RunError(
+            f"the model fails on every image, a plain grey one too ({reason}); first seen on "
+            f"{image.ref.key[-300:]}"
+        )
+
+
+class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedModel]):
+    """Loads a model of either hub format as one frozen function and runs it on fixed batches."""
+
+    def __init__(self, spec: LoadSpec, batch_size: int):
+        super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
+        self._spec = spec
+        self._batch_size = batch_size
+
+    def load_model(self) -> LoadedModel:
+        """The model; once a process, whoever asks."""
+        return load(self._spec)
+
+    def run_inference(
+        self,
+        batch: Sequence[DecodedImage],
+        model: LoadedModel,
+        inference_args: dict[str, Any] | None = None,
+    ) -> list[Features | Failure]:
+        """One result an image, in order. See `infer_batch`."""
+        results, size = infer_batch(batch, model, self._batch_size)
+        if size < self._batch_size:
+            inc_counter("ExtractFeatures", "batch_halvings")
+            self._batch_size = size
+        return results
+
+    def get_num_bytes(self, batch: Sequence[DecodedImage]) -> int:
+        """Bytes of pixels. Beam's default pickles the whole batch to learn it."""
+        return sum(image.pixels.nbytes for image in batch)
+
+    def get_metrics_namespace(self) -> str:
+        """The transform's name, as everywhere here."""
+        return "ExtractFeatures"
+
+
+def _part(result: Features | Failure) -> Iterator[Any]:
+    if isinstance(result, Failure):
+        inc_counter("ExtractFeatures", "failures")
+        yield beam.pvalue.TaggedOutput("failures", result)
+    else:
+        yield result
+
+
+class ExtractFeatures(beam.PTransform):
+    """DecodedImage -> `features` (Features) and `failures` (Failure).
+
+    `handler` is a FrozenModelHandler; anything that loads otherwise is for tests.
+    """
+
+    def __init__(self, handler: ModelHandler[DecodedImage, Any, Any]):
+        super().__init__()
+        self._handler = handler
+
+    def expand(self, images: beam.PCollection[DecodedImage]) -> Any:
+        """A PCollection of DecodedImage -> the two outputs."""
+        return (
+            images
+            | "RunInference" >> RunInference(self._handler)
+            | "Part" >> beam.FlatMap(_part).with_outputs("failures", main="features")
+        )

@@ -1,0 +1,79 @@
+"""Threads that work ahead of a bundle: results in order, memory bounded."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@functools.cache
+def cpu_threads() -> ThreadPoolExecutor:
+    """This process's threads for work that releases the GIL, one a core, shared by all bundles."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="cpu")
+
+
+@functools.cache
+def io_threads() -> ThreadPoolExecutor:
+    """This process's threads for reading, which mostly wait for a store."""
+    return ThreadPoolExecutor(16, thread_name_prefix="io")
+
+
+class Lookahead(Generic[In, Out]):
+    """Applies `function` to what is pushed, on `threads`, and hands results back in order.
+
+    At most `depth` items, and about `max_bytes` of what `weigh` says of them, are held; pushing
+    more waits for the oldest. An exception of `function` is raised where its result is due.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[In], Out],
+        threads: ThreadPoolExecutor,
+        depth: int,
+        weigh: Callable[[In], int] = lambda item: 0,
+        max_bytes: int = 64 << 20,
+    ):
+        self._function = function
+        self._threads = threads
+        self._depth = depth
+        self._weigh = weigh
+        self._max_bytes = max_bytes
+        self._pending: deque[tuple[int, Future[Out]]] = deque()
+        self._bytes = 0
+
+    def push(self, item: In) -> Iterator[Out]:
+        """Start on `item`; yields the oldest results, as many as must make room."""
+        weight = self._weigh(item)
+        self._pending.append((weight, self._threads.submit(self._function, item)))
+        self._bytes += weight
+        while len(self._pending) > self._depth or (
+            self._bytes > self._max_bytes and len(self._pending) > 1
+        ):
+            yield self._oldest()
+
+    def drain(self) -> Iterator[Out]:
+        """Yields every result that is still due."""
+        while self._pending:
+            yield self._oldest()
+
+    def _oldest(self) -> Out:
+        weight, future = self._pending.popleft()
+        self._bytes -= weight
+        return future.result()
+
+
+def map_ahead(
+    function: Callable[[In], Out], items: Iterable[In], threads: ThreadPoolExecutor, depth: int
+) -> Iterator[Out]:
+    """`map(function, items)` on `threads`, at most `depth` items ahead."""
+    ahead = Lookahead(function, threads, depth)
+    for item in items:
+        yield from ahead.push(item)
+    yield from ahead.drain()
