@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from formats import table
-from formats.records import Failure
+from formats.records import Failure, one_line
 from storage import files
 from storage.errors import RequestError, RunError
 
@@ -28,6 +29,8 @@ FORMAT_VERSION = 1
 FEATURES, FAILURES = "features", "failures"
 DIGEST_BYTES = 16
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
+_DERIVED = re.compile(r"-(settled-\d+|duplicates-\w+)\.parquet$")  # what `settle` made of others
+_LEFTOVER = re.compile(r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class PartWriter:
         """`batch` as one row group. Raises OSError."""
         self._writer.write_batch(batch, row_group_size=batch.num_rows)
         self._keys += [key_digest(key) for key in batch.column("key").to_pylist()]
-        if "stage" in batch.schema.names:
+        if self.path.startswith(f"{FAILURES}/"):  # a carried column may be named `stage`
             stages, classes = (batch.column(name).to_pylist() for name in ("stage", "error_class"))
             self._reasons.update(f"{s}/{c}" for s, c in zip(stages, classes, strict=True))
 
@@ -125,10 +128,10 @@ def read_manifest(output: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(files.read_bytes(path))
-        version = manifest["format_version"]
+        newer = (version := manifest["format_version"]) > FORMAT_VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{path}: not a manifest ({error}); its data cannot be read") from None
-    if version > FORMAT_VERSION:
+    if newer:
         raise RequestError(
             f"{path}: format_version {version} is newer than {FORMAT_VERSION}, which this version "
             "reads; use a newer version of this program"
@@ -143,21 +146,27 @@ def open_part(output: str, path: str) -> pq.ParquetFile:
     )
 
 
+def _data_files(output: str) -> Iterator[str]:
+    """Relative paths of all data files under `output`, named by a manifest or not."""
+    for kind in (FEATURES, FAILURES):
+        folder = files.join(output, kind, "")
+        for info in files.list_folder(folder):
+            name = info.path[len(folder) :]
+            if name.startswith("part-") and name.endswith(".parquet") and "/" not in name:
+                yield f"{kind}/{name}"
+
+
 def whole_parts(output: str) -> Iterator[str]:
-    """Relative paths of all data files under `output` that are whole, named by a manifest or not.
+    """Those data files that are whole.
 
     A Parquet file without its footer (of a killed writer) is refused by its reader, and skipped.
     """
-    for kind in (FEATURES, FAILURES):
-        folder = files.join(output, kind)
-        for info in files.list_folder(folder):
-            name = info.path.rsplit("/", 1)[1]
-            if name.startswith("part-") and name.endswith(".parquet"):
-                try:
-                    open_part(output, f"{kind}/{name}").close()
-                except pa.ArrowInvalid:
-                    continue
-                yield f"{kind}/{name}"
+    for path in _data_files(output):
+        try:
+            open_part(output, path).close()
+        except pa.ArrowInvalid:
+            continue
+        yield path
 
 
 def describe_part(output: str, path: str) -> PartFile:
@@ -199,7 +208,8 @@ def resume(
     """What of `output` is finished: the manifest's files, and whole ones that a killed run left.
 
     `rows` is all that decides what a row holds; RequestError, naming the difference, where the
-    files there were made otherwise. With `retry_failures` failures count as not finished.
+    files there were made otherwise (beside a manifest only its own files count: what a killed run
+    left is retired then). With `retry_failures` failures count as not finished.
     """
     published = {entry["path"] for entry in manifest["files"]} if manifest else set()
     superseded = set(manifest["superseded"]) if manifest else set()
@@ -210,41 +220,39 @@ def resume(
             f"--output {output}: {min(lost)} is named by the manifest and missing or damaged; "
             "resuming would lose its rows; restore it, or use --if_exists overwrite"
         )
-    kept = sorted(p for p in whole if not (retry_failures and p.startswith(FAILURES)))
+    kept: list[str] = []
     digests: list[bytes] = []
-    for path in kept:
+    for path in sorted(whole):
+        if retry_failures and path.startswith(FAILURES):
+            continue
+        if path not in published and _DERIVED.search(path):
+            continue  # the files it was made of are still there
         with open_part(output, path) as part:
-            _check_same_rows(output, path, part.schema_arrow.metadata or {}, rows)
-            columns = part.read(["key", "source", "record_index"]).to_pydict()
+            other = _other_rows(part.schema_arrow.metadata or {}, rows)
+            if other and path not in published and manifest:
+                continue
+            if other:
+                raise RequestError(
+                    f"--if_exists resume: {files.join(output, path)} was made with another "
+                    f"{other}; one output would hold two kinds of rows; use the earlier options, "
+                    "another --output or --if_exists overwrite"
+                )
+            columns = part.read(["source", "record_index"]).to_pydict()
+        kept.append(path)
         digests += map(place_digest, columns["source"], columns["record_index"])
-        if path in published:
-            digests += map(key_digest, columns["key"])
-    present = {info.path for info in files.list_folder(output)}
-    ours = {files.join(output, path) for path in kept}
-    retired = sorted(
-        path.removeprefix(output).lstrip("/") for path in present - ours if _leftover(path)
-    )
+    below = len(files.join(output, ""))
+    present = {info.path[below:] for info in files.list_folder(output)}
+    retired = sorted(path for path in present - set(kept) if _LEFTOVER.fullmatch(path))
     return Resumed(tuple(kept), tuple(retired), b"".join(digests))
 
 
-def _leftover(path: str) -> bool:
-    """Whether a killed run left this: a data file, a temporary, or the digests of a resumed run."""
-    *_, folder, name = path.split("/")
-    data = folder in (FEATURES, FAILURES) and name.startswith(("part-", ".tmp-"))
-    return data or folder.startswith("_run-") or name.startswith(".tmp-")
-
-
-def _check_same_rows(
-    output: str, path: str, metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]
-) -> None:
+def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str | None:
+    """What was different when a file with `metadata` was made: its name, then and now."""
     there = json.loads(metadata.get(ROW_META.encode(), b"{}"))
     for name, value in json.loads(json.dumps(rows)).items():
         if there.get(name) != value:
-            raise RequestError(
-                f"--if_exists resume: {files.join(output, path)} was made with another {name} "
-                f"({_short(there.get(name))}, now {_short(value)}); one output would hold two "
-                "kinds of rows; use the earlier options, another --output or --if_exists overwrite"
-            )
+            return f"{name} ({_short(there.get(name))}, now {_short(value)})"
+    return None
 
 
 def _short(value: Any) -> str:
@@ -273,52 +281,64 @@ def repeated_keys(parts: Sequence[PartFile]) -> dict[int, list[int]]:
     return found
 
 
-def settle(output: str, parts: Sequence[PartFile], name: str, compression: str) -> list[PartFile]:
-    """`parts` with each key once.
+def settle(
+    output: str, kept: Sequence[PartFile], fresh: Sequence[PartFile], name: str, compression: str
+) -> tuple[list[PartFile], list[PartFile]]:
+    """`kept` (of earlier runs) and `fresh` (of this one) with each key once in both together.
 
     Of images with one id the smallest (source, index) keeps it, and the others become failures of
     class DuplicateKey under `source#index`. Copies of one image, which a retried bundle leaves,
-    are dropped but one. Files that lose rows are written anew as `part-NAME-...`.
+    are dropped but one, features before failures. Files that lose rows are written anew as
+    `part-NAME-...`.
     """
+    parts = [*kept, *fresh]
     repeated = repeated_keys(parts)
     if not repeated:
-        return list(parts)
-    rows = []  # (key, source, index or -1, part, row, sha256)
+        return list(kept), list(fresh)
+    rows = []  # (key, source, index or -1, whether a failure, part, row, sha256)
     for index, numbers in repeated.items():
         with open_part(output, parts[index].path) as part:
             columns = part.read(["key", "source", "record_index", "sha256"]).take(numbers)
         for number, row in zip(numbers, columns.to_pylist(), strict=True):
             place = -1 if row["record_index"] is None else row["record_index"]
-            rows.append((row["key"], row["source"], place, index, number, row["sha256"]))
-    rows.sort(key=lambda row: row[:5])
+            failed = parts[index].kind == FAILURES
+            at = (row["key"], row["source"], place, failed, index, number)
+            rows.append((*at, row["sha256"]))
+    rows.sort(key=lambda row: row[:6])
     dropped: dict[int, set[int]] = {}
-    duplicates: list[Failure] = []
+    losers: tuple[list[Failure], list[Failure]] = ([], [])  # of earlier runs, of this one
     for before, row in zip([None, *rows[:-1]], rows, strict=True):
         if before is None or before[0] != row[0]:
             winner = row
             continue
-        dropped.setdefault(row[3], set()).add(row[4])
+        dropped.setdefault(row[4], set()).add(row[5])
         if row[1:3] != before[1:3]:
-            duplicates.append(_duplicate(row, winner))
-    kept = [
-        _without(output, part, dropped[index], f"part-{name}-settled-{index}", compression)
-        if index in dropped
-        else part
-        for index, part in enumerate(parts)
-    ]
-    if duplicates:
-        with open_part(output, parts[0].path) as part:
-            schema = table.failure_schema(
-                {k.decode(): v.decode() for k, v in (part.schema_arrow.metadata or {}).items()}
-            )
-        writer = PartWriter(output, FAILURES, f"part-{name}-duplicates", schema, compression)
-        writer.write(table.failures_table(duplicates, schema))
-        kept.append(writer.close())
-    return [part for part in kept if part.rows]
+            losers[row[4] >= len(kept)].append(_duplicate(row, winner))
+    settled: tuple[list[PartFile], list[PartFile]] = ([], [])
+    for index, part in enumerate(parts):
+        if index in dropped:
+            new_name = f"part-{name}-settled-{index}"
+            part = _without(output, part, dropped[index], new_name, compression)
+        settled[index >= len(kept)].append(part)
+    schema = _failure_schema_like(output, parts[-1])
+    for side, of, failures in zip(settled, ("earlier", "this"), losers, strict=True):
+        if failures:
+            new_name = f"part-{name}-duplicates-{of}"
+            writer = PartWriter(output, FAILURES, new_name, schema, compression)
+            writer.write(table.failures_table(failures, schema))
+            side.append(writer.close())
+    earlier, new = ([part for part in side if part.rows] for side in settled)
+    return earlier, new
+
+
+def _failure_schema_like(output: str, part: PartFile) -> pa.Schema:
+    with open_part(output, part.path) as reader:
+        metadata = reader.schema_arrow.metadata or {}
+    return table.failure_schema({k.decode(): v.decode() for k, v in metadata.items()})
 
 
 def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...]) -> Failure:
-    key, source, place, *_, sha256 = row
+    key, source, place, *_, sha256 = row  # as `settle` holds them
     index = None if place < 0 else place
     where = f"{winner[1]}#{winner[2]}" if winner[2] >= 0 else winner[1]
     return Failure(
@@ -327,7 +347,7 @@ def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...]) -> Failure:
         index,
         "read",
         "DuplicateKey",
-        f"the id {key[:100]} is that of {where[-300:]} too, which keeps it",
+        one_line(f"the id {key[:100]} is that of {where[-300:]} too, which keeps it"),
         sha256,
     )
 
@@ -338,11 +358,12 @@ def _without(
     with open_part(output, part.path) as reader:
         writer = PartWriter(output, part.kind, name, reader.schema_arrow, compression)
         start = 0
-        for batch in reader.iter_batches(batch_size=1024):
-            keep = [start + i not in dropped for i in range(batch.num_rows)]
-            start += batch.num_rows
-            if any(keep):
-                writer.write(batch.filter(pa.array(keep)))
+        for number in range(reader.num_row_groups):
+            group = reader.read_row_group(number)
+            keep = [start + i not in dropped for i in range(group.num_rows)]
+            start += group.num_rows
+            for batch in group.filter(pa.array(keep)).combine_chunks().to_batches():
+                writer.write(batch)
     return writer.close()
 
 
@@ -379,53 +400,60 @@ def publish(
     """Settle, judge and commit a run; returns its verdict. Repeating it changes nothing.
 
     The verdict: {"status": "complete" or "too_many_failures", "run": {images, features, failures,
-    skipped}}. Raises RunError where another run has published in the meantime.
+    skipped}}. Raises RunError where another run has published in the meantime, and where files are
+    gone or changed that this run counts on.
     """
     before = read_manifest(run.output)
     if before and before["run_id"] == run.run_id:  # a retried commit
         _finish(run, before)
     verdict = read_verdict(run.output, run.run_id)
     if verdict:
+        if verdict["status"] != "complete":
+            _delete(run, _written_by(run))
         return verdict
     fresh = sorted(written, key=lambda part: part.path)
+    listed = {entry["path"]: entry for entry in before["files"]} if before else {}
     if before and before["run_id"] != run.replaces and run.if_exists != "overwrite":
-        named = {entry["path"] for entry in before["files"]}
-        files.delete(
-            [files.join(run.output, part.path) for part in fresh if part.path not in named]
-        )
+        _delete(run, _written_by(run) - set(listed))
         raise RunError(
             f"{run.output}: run {before['run_id']} has published here since this run began; its "
             "data were not touched and this run's were dropped; give another --output"
         )
+    gone = {part.path for part in fresh} - _written_by(run)
+    if gone:
+        raise RunError(
+            f"{run.output}: {min(gone)} of this run is gone; another run has replaced it, or a "
+            "person has deleted it; nothing was published"
+        )
     kept = [describe_part(run.output, path) for path in run.kept]
-    parts = settle(run.output, [*kept, *fresh], run.run_id, run.compression)
-    counts = _counts(parts)
-    earlier = _counts(kept)
-    this_run = {
-        "images": counts["images"] - earlier["images"] + skipped,
-        "features": counts["features"] - earlier["features"],
-        "failures": counts["failures"] - earlier["failures"],
-        "skipped": skipped,
-    }
-    own = {part.path for part in [*fresh, *parts]} - set(run.kept)
-    new_images = this_run["features"] + this_run["failures"]
-    if new_images and this_run["failures"] > run.max_failure_rate * new_images:
-        return _reject(run, parts, own, this_run)
+    for part in kept:
+        if part.path in listed and listed[part.path]["sha256"] != part.sha256:
+            raise RunError(
+                f"{run.output}: {part.path} is not what the manifest tells of; resuming would "
+                "vouch for damaged rows; restore it, or use --if_exists overwrite"
+            )
+    earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)
+    parts = [*earlier, *new]
+    counts = _counts(new)
+    this_run = {**counts, "images": counts["images"] + skipped, "skipped": skipped}
+    if counts["failures"] > run.max_failure_rate * counts["images"]:
+        return _reject(run, new, this_run)
     reasons: Counter[str] = Counter()
     for part in parts:
         reasons.update(part.reasons)
     final = {part.path for part in parts}
-    named = {entry["path"] for entry in before["files"]} if before else set()
+    superseded = {*listed, *run.kept, *(before["superseded"] if before else ())}
+    superseded = (superseded | _written_by(run)) & set(_data_files(run.output)) | set(run.retired)
     manifest = {
         "format_version": FORMAT_VERSION,
         "run_id": run.run_id,
         "status": "complete",
         **run.described,
-        "counts": counts,
+        "counts": _counts(parts),
         "run": this_run,
         "failures_by": dict(sorted(reasons.items())),
         "files": [part.listed() for part in sorted(parts, key=lambda part: part.path)],
-        "superseded": sorted((named | own | set(run.kept) | set(run.retired)) - final),
+        "superseded": sorted(superseded - final),
         "timing": dict(timing()),
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -444,21 +472,28 @@ def _counts(parts: Iterable[PartFile]) -> dict[str, int]:
 def _finish(run: Publication, manifest: Mapping[str, Any]) -> None:
     """After the manifest: the marker, then what it no longer names."""
     files.write_bytes(files.join(run.output, "_SUCCESS"), b"")
-    files.delete([files.join(run.output, path) for path in manifest["superseded"]])
+    _delete(run, manifest["superseded"])
 
 
-def _reject(
-    run: Publication, parts: Sequence[PartFile], own: set[str], this_run: dict[str, int]
-) -> dict[str, Any]:
+def _delete(run: Publication, paths: Iterable[str]) -> None:
+    files.delete([files.join(run.output, path) for path in sorted(paths)])
+
+
+def _written_by(run: Publication) -> set[str]:
+    """Data files of this run that are there, those of bundles that were tried again too."""
+    return {p for p in _data_files(run.output) if f"/part-{run.run_id}-" in p}
+
+
+def _reject(run: Publication, new: Sequence[PartFile], this_run: dict[str, int]) -> dict[str, Any]:
     """Keep the failures readable under `_failed/RUN_ID/` and take back what the run wrote."""
     folder = files.join(run.output, "_failed", run.run_id)
     verdict = {"status": "too_many_failures", "run": this_run}
-    for part in parts:
-        if part.kind == FAILURES and part.path in own:
+    for part in new:
+        if part.kind == FAILURES:
             data = files.read_bytes(files.join(run.output, part.path))
             files.write_bytes(files.join(folder, part.path), data)
     files.write_bytes(files.join(folder, "verdict.json"), json.dumps(verdict).encode())
-    files.delete([files.join(run.output, path) for path in sorted(own)])
+    _delete(run, _written_by(run))
     return verdict
 
 

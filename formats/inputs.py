@@ -120,7 +120,12 @@ def _first_records(units: Sequence[Unit], limit: int) -> tuple[list[Unit], int]:
     for unit in units:
         if taken == limit:
             break
-        count = sum(1 for _ in itertools.islice(walk(unit.files[0]), limit - taken))
+        count = 0
+        try:
+            for _ in itertools.islice(walk(unit.files[0]), limit - taken):
+                count += 1
+        except OSError:
+            count += 1  # reading it will end in a failure, which counts as an image
         taken += count
         chosen.append(Unit(unit.format, unit.files, count))
     return chosen, taken

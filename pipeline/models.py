@@ -20,13 +20,36 @@ from storage.errors import RequestError
 
 def parser() -> argparse.ArgumentParser:
     """The command line, one subcommand a verb."""
-    result = OneLineParser(prog="python -m pipeline.models", description=__doc__.splitlines()[0])
-    verbs = result.add_subparsers(dest="verb", required=True)
+    result = OneLineParser(
+        prog="python -m pipeline.models",
+        usage="python -m pipeline.models VERB [flags]; VERB --help tells its flags",
+        description="Make and look at models.",
+    )
+    verbs = result.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    export = verbs.add_parser("export", help="network and weights -> a model directory")
-    export.add_argument("--network", required=True, choices=sorted(NETWORKS))
-    export.add_argument("--head", required=True, choices=HEADS)
-    export.add_argument("--format", required=True, choices=FORMATS)
+    export = verbs.add_parser(
+        "export",
+        help="network + weights -> a model directory",
+        usage="python -m pipeline.models export --network N --head H --format F "
+        "(--checkpoint PREFIX [--ema] | --seed N) --output DIR [--archive FILE.tar.gz]",
+    )
+    export.add_argument(
+        "--network",
+        required=True,
+        choices=sorted(NETWORKS),
+        metavar="N",
+        help=", ".join(sorted(NETWORKS)),
+    )
+    export.add_argument(
+        "--head", required=True, choices=HEADS, metavar="H", help=" or ".join(HEADS)
+    )
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        metavar="F",
+        help="TF2 saved_model or TF1 hub_v1",
+    )
     weights = export.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", metavar="PREFIX", help="a TF-Slim checkpoint")
     weights.add_argument(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -266,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `pipeline.extract`, one flag a field of `Options`."""
     result = OneLineParser(
         prog="python -m pipeline.extract",
+        usage="python -m pipeline.extract --input PATTERN --model HANDLE --output DIR [flags]",
         description="Extract image embeddings and logits to Parquet. Beam's own flags "
         "(--runner, --temp_location, ...) pass through.",
         allow_abbrev=False,
@@ -342,7 +342,3 @@ def options_table() -> str:
             f"| {meta['help']}{choices}{why} |"
         )
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(options_table() + "\n")

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from formats import dataset, example, inputs
 from formats.dataset import Publication
 from formats.image import Preprocessing
@@ -182,7 +184,10 @@ def _types(sources: Sequence[inputs.Source], keys: example.ExampleKeys) -> examp
             f"--columns {','.join(keys.columns)}: image files have no features to carry"
         )
     try:
-        return example.infer_types(inputs.sample(containers, _SAMPLE), keys)
+        sampled = inputs.sample(containers, _SAMPLE)
+        if not sampled:  # nothing to read, so any types will do
+            return example.ExampleTypes(pa.int64(), dict.fromkeys(keys.columns, pa.string()))
+        return example.infer_types(sampled, keys)
     except ValueError as error:
         raise RequestError(str(error)) from None
     except OSError as error:

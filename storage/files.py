@@ -304,5 +304,7 @@ def check_writable(folder: str) -> None:
         ) from None
     finally:
         for path in made:
-            if path.is_dir():
+            try:
                 path.rmdir()
+            except OSError:
+                pass  # never made, or another run has begun to use it

@@ -70,10 +70,14 @@ class Lookahead(Generic[In, Out]):
 
 
 def map_ahead(
-    function: Callable[[In], Out], items: Iterable[In], threads: ThreadPoolExecutor, depth: int
+    function: Callable[[In], Out],
+    items: Iterable[In],
+    threads: ThreadPoolExecutor,
+    depth: int,
+    weigh: Callable[[In], int] = lambda item: 0,
 ) -> Iterator[Out]:
-    """`map(function, items)` on `threads`, at most `depth` items ahead."""
-    ahead = Lookahead(function, threads, depth)
+    """`map(function, items)` on `threads`, ahead as far as `Lookahead` goes."""
+    ahead = Lookahead(function, threads, depth, weigh)
     for item in items:
         yield from ahead.push(item)
     yield from ahead.drain()

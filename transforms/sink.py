@@ -31,7 +31,7 @@ class _WriteParts(beam.DoFn):
         output: str,
         run_id: str,
         to_batch: Callable[[list[Any]], pa.RecordBatch],
-        row_bytes: int,
+        weigh: Callable[[Any], int],
         rows_per_file: int | None,
         compression: str,
     ):
@@ -39,12 +39,13 @@ class _WriteParts(beam.DoFn):
         self._output = output
         self._run_id = run_id
         self._to_batch = to_batch
-        self._group_rows = max(1, _ROW_GROUP_BYTES // row_bytes)
+        self._weigh = weigh
         self._file_rows = rows_per_file
         self._compression = compression
 
     def start_bundle(self) -> None:
         self._rows: list[Any] = []
+        self._bytes = 0  # of these rows
         self._writer: PartWriter | None = None
         self._opened = 0.0
 
@@ -52,10 +53,11 @@ class _WriteParts(beam.DoFn):
         if not self._rows and self._writer is None:
             self._opened = time.monotonic()
         self._rows.append(row)
+        self._bytes += self._weigh(row)
         written = self._writer.rows if self._writer else 0
         full = self._file_rows is not None and written + len(self._rows) >= self._file_rows
         late = time.monotonic() - self._opened > _FILE_SECONDS
-        if full or late or len(self._rows) >= self._group_rows:
+        if full or late or self._bytes >= _ROW_GROUP_BYTES:
             self._flush()
         if full or late or (self._writer and self._writer.bytes >= _FILE_BYTES):
             yield self._close()
@@ -81,7 +83,7 @@ class _WriteParts(beam.DoFn):
                 self._output, self._kind, name, batch.schema, self._compression
             )
         self._writer.write(batch)
-        self._rows = []
+        self._rows, self._bytes = [], 0
 
     def _close(self) -> PartFile:
         assert self._writer is not None
@@ -89,6 +91,13 @@ class _WriteParts(beam.DoFn):
         inc_counter("Write", f"{self._kind}_rows", part.rows)
         inc_counter("Write", f"{self._kind}_bytes", part.bytes)
         return part
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a carried value takes."""
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 class WriteFeatures(beam.PTransform):
@@ -104,13 +113,14 @@ class WriteFeatures(beam.PTransform):
     ):
         super().__init__()
         schema = spec.schema()
-        row_bytes = 300 + sum(spec.widths.values()) * (2 if spec.dtype == "float16" else 4)
+        vectors = sum(spec.widths.values()) * (2 if spec.dtype == "float16" else 4)
+        fixed = 300 + vectors + 30 * spec.top_k
         self._write = _WriteParts(
             dataset.FEATURES,
             output,
             run_id,
             lambda rows: table.features_table(rows, spec, schema),
-            row_bytes,
+            lambda row: fixed + sum(map(_size, row.ref.columns.values())),
             rows_per_file,
             compression,
         )
@@ -133,7 +143,7 @@ class WriteFailures(beam.PTransform):
             output,
             run_id,
             lambda rows: table.failures_table(rows, schema),
-            1000,
+            lambda row: 1000,
             None,
             compression,
         )

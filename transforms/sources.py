@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from formats import example, inputs, tfrecord
-from formats.dataset import key_digest, place_digest
+from formats.dataset import place_digest
 from formats.inputs import Source, Unit
-from formats.records import Failure, ImageError, ImageRecord, ImageRef
+from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
 from formats.table import utf8
 from storage import files
 from storage.errors import RunError
@@ -41,7 +42,7 @@ class Reading:
 
 
 def read_image_file(info: FileInfo, max_bytes: int) -> ImageRecord | Failure:
-    """One file as one image; Failure where it is too large, cannot be read, or changed in size."""
+    """One file as one image; Failure where it is too large or cannot be read."""
     name = utf8(info.path) or ""
     ref = ImageRef(name, name)
     if info.size > max_bytes:
@@ -51,7 +52,15 @@ def read_image_file(info: FileInfo, max_bytes: int) -> ImageRecord | Failure:
     except OSError as error:
         reason = ImageError(type(error).__name__, str(error))
         return Failure.of(ref, "read", reason, size=info.size)
-    return ImageRecord(ref, data)
+    return _capped(ImageRecord(ref, data), max_bytes)  # it may have grown since it was listed
+
+
+def _capped(record: ImageRecord, max_bytes: int) -> ImageRecord | Failure:
+    size = len(record.data)
+    if size <= max_bytes:
+        return record
+    reason = too_many_bytes(size, max_bytes)
+    return Failure.of(record.ref, "read", reason, digest(record.data), size)
 
 
 def too_many_bytes(size: int, limit: int) -> ImageError:
@@ -62,7 +71,7 @@ def too_many_bytes(size: int, limit: int) -> ImageError:
 def read_image_files(unit: Unit, how: Reading) -> Iterator[ImageRecord | Failure]:
     """The image files of `unit`, several being read at once."""
     read = functools.partial(read_image_file, max_bytes=how.max_image_bytes)
-    return map_ahead(read, unit.files, io_threads(), _READ_AHEAD)
+    return map_ahead(read, unit.files, io_threads(), _READ_AHEAD, weigh=lambda info: info.size)
 
 
 def read_tfrecord(unit: Unit, how: Reading) -> Iterator[ImageRecord | Failure]:
@@ -110,12 +119,7 @@ def _parse(
     if not records:
         return
     for item in example.parse_examples(records, source, how.keys, how.types):
-        if isinstance(item, ImageRecord) and len(item.data) > how.max_image_bytes:
-            size = len(item.data)
-            reason = too_many_bytes(size, how.max_image_bytes)
-            yield Failure.of(item.ref, "read", reason, size=size)
-        else:
-            yield item
+        yield _capped(item, how.max_image_bytes) if isinstance(item, ImageRecord) else item
 
 
 READERS = {inputs.TFRECORD: read_tfrecord, inputs.IMAGES: read_image_files}
@@ -127,23 +131,20 @@ _ORDER = np.dtype([("a", "<u8"), ("b", "<u8")])  # a digest as two numbers, to s
 class Finished:
     """What earlier runs have finished, as one sorted array of digests.
 
-    Holds a digest of every place (source and record index), and of the key of every row that was
-    published. 16 bytes a row and kind; look-up by bisection.
+    Holds a digest of every place (source and record index), 16 bytes a row; look-up by bisection.
+    Keys do not count: another image with a finished one's id must end somewhere too.
     """
 
     def __init__(self, digests: bytes):
         self._sorted = np.sort(np.frombuffer(digests, _ORDER), order="a")
 
     def __contains__(self, item: ImageRecord | Failure) -> bool:
-        key, source, index = (
-            (item.key, item.source, item.record_index)
-            if isinstance(item, Failure)
-            else (item.ref.key, item.ref.source, item.ref.record_index)
-        )
-        return self._holds(place_digest(source, index)) or self._holds(key_digest(key))
+        at = item if isinstance(item, Failure) else item.ref
+        return self.holds(at.source, at.record_index)
 
-    def _holds(self, digest: bytes) -> bool:
-        wanted = np.frombuffer(digest, _ORDER)[0]
+    def holds(self, source: str, index: int | None) -> bool:
+        """Whether the image at this place is finished."""
+        wanted = np.frombuffer(place_digest(source, index), _ORDER)[0]
         at = int(np.searchsorted(self._sorted["a"], wanted["a"]))
         while at < len(self._sorted) and self._sorted[at]["a"] == wanted["a"]:
             if self._sorted[at]["b"] == wanted["b"]:
@@ -163,6 +164,10 @@ class _ReadUnits(beam.DoFn):
 
     def process(self, unit: Unit) -> Iterator[Any]:
         skipped = 0
+        if unit.format == inputs.IMAGES:  # their places are known before they are read
+            waiting = [f for f in unit.files if not self._finished.holds(utf8(f.path) or "", None)]
+            skipped = len(unit.files) - len(waiting)
+            unit = dataclasses.replace(unit, files=tuple(waiting))
         for item in READERS[unit.format](unit, self._how):
             if item in self._finished:
                 skipped += 1

@@ -1,0 +1,37 @@
+"""The generated parts of README.md: `python -m pipeline.readme` writes them anew, a test compares.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pipeline import models, options
+
+README = Path(__file__).parents[1] / "README.md"
+_PART = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def parts() -> dict[str, str]:
+    """Name to text of every generated part."""
+    return {
+        "options": options.options_table(),
+        "extract_help": _block(options.parser().format_help()),
+        "models_help": _block(models.parser().format_help()),
+    }
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
+def rendered(text: str) -> str:
+    """`text` with its generated parts as they should be. KeyError for a part nobody makes."""
+    made = parts()
+    return _PART.sub(lambda found: f"{found[1]}{made[found['name']]}\n{found[3]}", text)
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))

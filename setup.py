@@ -1,0 +1,35 @@
+"""The package, and the sdist of it that Beam's `--setup_file` ships to workers.
+
+`pip install .` asks for what pyproject.toml lists. The sdist asks for nothing: the worker's image
+holds the lock, and resolving again on each worker would be slow and could differ.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.sdist import sdist
+
+DEPENDENCIES = re.compile(r"^dependencies = \[.*?^\]$", re.MULTILINE | re.DOTALL)
+
+
+class SdistWithoutDependencies(sdist):
+    """An sdist whose pyproject.toml and metadata list no dependency."""
+
+    def run(self) -> None:
+        """Build it."""
+        self.distribution.install_requires = []
+        super().run()
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Lay out the files, with pyproject.toml changed."""
+        super().make_release_tree(base_dir, files)
+        path = Path(base_dir) / "pyproject.toml"
+        text, count = DEPENDENCIES.subn("dependencies = []", path.read_text())
+        if count != 1:
+            raise ValueError("pyproject.toml: the block `dependencies = [...]` was not found")
+        path.unlink()  # it may be a hard link to the one here
+        path.write_text(text)
+
+
+setup(cmdclass={"sdist": SdistWithoutDependencies})

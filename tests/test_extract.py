@@ -1,0 +1,536 @@
+"""The job as a whole: the true `main([...])`, its files, columns, JSON line and exit codes."""
+
+import csv
+import gzip
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import exports
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pictures import good, jpeg, oriented, photo, truncated
+
+from formats.example import serialize_example
+from formats.image import Preprocessing, decode_image
+from formats.tfrecord import write_record
+
+ROOT = Path(__file__).parents[1]
+CLASSES, WIDTH, SIZE = 11, 48, 32
+
+
+def write_pictures(folder: Path, pictures: dict[str, bytes]) -> Path:
+    for name, data in pictures.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def write_tfrecord(path: Path, examples: list[dict], compress: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wb") if compress else path.open("wb") as stream:
+        for features in examples:
+            write_record(stream, serialize_example(features))
+    return path
+
+
+def different(count: int) -> dict[str, bytes]:
+    return {f"{i}.jpg": jpeg(40 + i, 30 + i) for i in range(count)}
+
+
+def assert_true_manifest(ran) -> None:
+    """The manifest, the files and the JSON line tell the same, and nothing else lies there."""
+    manifest = ran.manifest
+    named = {"manifest.json", "_SUCCESS"}
+    rows = {"features": 0, "failures": 0}
+    for entry in manifest["files"]:
+        data = (ran.output / entry["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        assert len(data) == entry["bytes"]
+        assert pq.read_metadata(ran.output / entry["path"]).num_rows == entry["rows"]
+        rows[entry["path"].split("/")[0]] += entry["rows"]
+        named.add(entry["path"])
+    present = {str(p.relative_to(ran.output)) for p in ran.output.rglob("*") if p.is_file()}
+    assert present == named
+    assert manifest["counts"] == {"images": sum(rows.values()), **rows}
+    assert sum(manifest["failures_by"].values()) == rows["failures"]
+    line = ran.line
+    assert line["images"] == line["features"] + line["failures"] + line["skipped"]
+    assert not set(ran.rows("features")) & set(ran.rows("failures"))
+
+
+# --- what a run gives --------------------------------------------------------------------------
+
+
+def test_files_and_tfrecords_of_one_picture_give_the_same_bits(tmp_path, job):
+    pictures = different(5)
+    files = job(write_pictures(tmp_path / "files", pictures), output=tmp_path / "a")
+    write_tfrecord(tmp_path / "records", [{"image/encoded": data} for data in pictures.values()])
+    records = job(tmp_path / "records", output=tmp_path / "b", batch_size=4)
+    assert (files.code, records.code) == (0, 0)
+    for ran in (files, records):
+        assert_true_manifest(ran)
+    by_digest = [
+        {row["sha256"]: (row["embedding"], row["logits"]) for row in ran.rows("features").values()}
+        for ran in (files, records)
+    ]
+    assert len(by_digest[0]) == 5
+    assert by_digest[0] == by_digest[1]
+
+
+def test_a_features_row_tells_everything_of_its_picture(tmp_path, job):
+    data = oriented(6, "JPEG", 40, 28)
+    folder = write_pictures(tmp_path / "in", {"a.jpg": data})
+    ran = job(folder)
+    assert ran.line["status"] == "complete"
+    assert ran.line["output"] == str(tmp_path / "out")
+    (row,) = ran.rows("features").values()
+    key = str(folder / "a.jpg")
+    assert row["key"] == row["source"] == key
+    assert row["record_index"] is None
+    assert row["label"] is None
+    assert row["sha256"] == hashlib.sha256(data).hexdigest()
+    assert (row["width"], row["height"]) == (28, 40)
+    assert (len(row["embedding"]), len(row["logits"])) == (WIDTH, CLASSES)
+
+
+def test_the_schema_and_metadata_of_a_features_file(tmp_path, job):
+    ran = job(write_pictures(tmp_path / "in", different(2)))
+    schema = ran.table("features").schema
+    vector = pa.list_(pa.field("element", pa.float32()))
+    assert {field.name: field.type for field in schema} == {
+        "key": pa.string(),
+        "source": pa.string(),
+        "record_index": pa.int64(),
+        "sha256": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "label": pa.int64(),
+        "embedding": vector,
+        "logits": vector,
+    }
+    metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert metadata["model_fingerprint"] == ran.manifest["model"]["fingerprint"]
+    assert json.loads(metadata["preprocessing"]) == ran.manifest["preprocessing"]
+    assert json.loads(metadata["vectors"])["embedding"] == {"dtype": "float32", "width": WIDTH}
+    assert metadata["run_id"] == ran.manifest["run_id"]
+    assert json.loads(metadata["versions"]) == ran.manifest["versions"]
+
+
+def test_manifest_has_the_fields_of_the_contract(tmp_path, job):
+    ran = job(write_pictures(tmp_path / "in", different(1)))
+    manifest = ran.manifest
+    assert manifest["format_version"] == 1
+    assert manifest["status"] == "complete"
+    assert manifest["model"] | {"fingerprint": "", "handle": ""} == {
+        "handle": "",
+        "format": "saved_model",
+        "fingerprint": "",
+        "image_size": SIZE,
+        "outputs": {"embedding": WIDTH, "logits": CLASSES},
+    }
+    assert manifest["options"]["fit"] == "stretch"
+    assert manifest["timing"]["seconds"] >= 0
+    assert {"features", "failures", "images"} == set(manifest["counts"])
+
+
+def test_an_embedding_is_what_the_exported_network_says(tmp_path, job):
+    import tensorflow as tf
+
+    pictures = different(3)
+    ran = job(write_pictures(tmp_path / "in", pictures))
+    loaded = tf.saved_model.load(exports.exported("saved_model", "classification"))
+    for name, data in pictures.items():
+        pixels, *_ = decode_image(data, Preprocessing(SIZE))
+        ends = loaded(tf.constant(pixels[None] / np.float32(255)), return_endpoints=True)
+        row = ran.rows("features")[str(tmp_path / "in" / name)]
+        for column, end in (("embedding", "global_pool"), ("logits", "default")):
+            expected = ends[end].numpy()[0]
+            worst = np.abs(np.array(row[column]) - expected).max() / np.abs(expected).max()
+            assert worst < 1e-5, column
+
+
+@pytest.mark.parametrize("format", ["saved_model", "hub_v1"])
+@pytest.mark.parametrize("head", ["classification", "feature_vector"])
+def test_every_format_and_head_gives_the_same_embedding(tmp_path, job, format, head):
+    folder = write_pictures(tmp_path / "in", different(2))
+    reference = job(folder, output=tmp_path / "reference").rows("features")
+    ran = job(folder, model=exports.exported(format, head))
+    assert ran.manifest["model"]["format"] == format
+    outputs = {"embedding": WIDTH} | ({"logits": CLASSES} if head == "classification" else {})
+    assert ran.manifest["model"]["outputs"] == outputs
+    for key, row in ran.rows("features").items():
+        np.testing.assert_allclose(row["embedding"], reference[key]["embedding"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["embedding", "logits", "embedding,logits"])
+def test_outputs_are_those_asked_for(tmp_path, job, wanted):
+    ran = job(write_pictures(tmp_path / "in", different(1)), outputs=wanted)
+    columns = set(ran.table("features").column_names) & {"embedding", "logits"}
+    assert columns == set(wanted.split(","))
+
+
+def test_top_classes_with_names(tmp_path, job):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {i}\n" for i in range(CLASSES)))
+    folder = write_pictures(tmp_path / "in", different(2))
+    plain = job(folder, output=tmp_path / "plain").rows("features")
+    ran = job(folder, top_k=3, class_names=names, outputs="embedding")
+    for key, row in ran.rows("features").items():
+        logits = np.array(plain[key]["logits"])
+        softmax = np.exp(logits) / np.exp(logits).sum()
+        best = np.argsort(-logits)[:3]
+        assert row["top_classes"] == best.tolist()
+        assert row["top_labels"] == [f"class {i}" for i in best]
+        np.testing.assert_allclose(row["top_scores"], softmax[best], rtol=1e-6)
+        assert "logits" not in row
+
+
+def test_float16_and_fixed_size_vectors(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(2))
+    exact = job(folder, output=tmp_path / "exact").rows("features")
+    ran = job(folder, embedding_dtype="float16", vector_type="fixed_size_list")
+    kind = ran.table("features").schema.field("embedding").type
+    assert (kind.list_size, kind.value_type) == (WIDTH, pa.float16())
+    for key, row in ran.rows("features").items():
+        expected = np.array(exact[key]["embedding"], np.float32).astype(np.float16)
+        assert np.array_equal(np.array(row["embedding"], np.float16), expected)
+
+
+@pytest.mark.parametrize(
+    ("fit", "filter"), itertools.product(["stretch", "slim", "cover", "pad"], ["antialias"])
+)
+def test_fit_and_filter_reach_the_pixels(tmp_path, job, fit, filter):
+    import tensorflow as tf
+
+    data = jpeg(90, 50)
+    ran = job(write_pictures(tmp_path / "in", {"a.jpg": data}), fit=fit, filter=filter)
+    assert ran.manifest["preprocessing"]["fit"] == fit
+    pixels, *_ = decode_image(data, Preprocessing(SIZE, fit, filter))
+    loaded = tf.saved_model.load(exports.exported("saved_model", "classification"))
+    expected = loaded(tf.constant(pixels[None] / np.float32(255))).numpy()[0]
+    (row,) = ran.rows("features").values()
+    np.testing.assert_allclose(row["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_good_format_in_nested_folders(tmp_path, job):
+    pictures = {f"{i % 3}/deep/{name}": data for i, (name, data) in enumerate(good().items())}
+    pictures |= {".hidden.jpg": jpeg(), "_index.jpg": jpeg(), "_folder/seen.jpg": jpeg()}
+    ran = job(write_pictures(tmp_path / "in", pictures))
+    assert ran.rows("failures") == {}
+    assert ran.line["features"] == len(good()) + 1
+    assert_true_manifest(ran)
+
+
+def test_keys_ids_labels_and_columns_of_examples(tmp_path, job):
+    examples = [
+        {
+            "image/encoded": jpeg(40 + i, 30),
+            "image/class/label": i,
+            "name": f"n{i}".encode(),
+            "image/class/text": b"cat",
+            "box": [0.5, float(i)],
+        }
+        for i in range(3)
+    ]
+    path = write_tfrecord(tmp_path / "data-00000-of-00001", examples)
+    ran = job(path, id_key="name", columns="image/class/text,box")
+    rows = ran.rows("features")
+    assert list(rows) == ["n0", "n1", "n2"]
+    row = rows["n2"]
+    assert (row["label"], row["source"], row["record_index"]) == (2, str(path), 2)
+    assert (row["image/class/text"], row["box"]) == ("cat", [0.5, 2.0])
+    plain = job(path, output=tmp_path / "plain", label_key="image/class/text")
+    assert list(plain.rows("features")) == [f"{path}#{i}" for i in range(3)]
+    assert plain.table("features").column("label").to_pylist() == ["cat"] * 3
+
+
+def test_of_images_with_one_id_the_first_keeps_it(tmp_path, job):
+    for shard in range(2):
+        write_tfrecord(
+            tmp_path / f"data-{shard:05}-of-00002",
+            [{"image/encoded": jpeg(40 + shard, 30 + i), "id": b"same"} for i in range(2)],
+        )
+    ran = job(tmp_path / "data-*", id_key="id", max_failure_rate=1)
+    first, second = tmp_path / "data-00000-of-00002", tmp_path / "data-00001-of-00002"
+    assert {k: r["source"] for k, r in ran.rows("features").items()} == {"same": str(first)}
+    failures = ran.rows("failures")
+    assert list(failures) == [f"{first}#1", f"{second}#0", f"{second}#1"]
+    assert {row["error_class"] for row in failures.values()} == {"DuplicateKey"}
+    assert_true_manifest(ran)
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(3))
+    ran = job(folder, folder / "*.jpg", folder / "1.jpg")
+    assert ran.line["images"] == 3
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("name", ["data.tfrecord", "data.gz", "data", "x-00000-of-00001"])
+def test_tfrecords_are_known_by_content(tmp_path, job, name, compress):
+    examples = [{"image/encoded": data} for data in different(2).values()]
+    ran = job(write_tfrecord(tmp_path / name, examples, compress))
+    assert (ran.code, ran.line["features"]) == (0, 2)
+
+
+def test_limit_stops_early(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(6))
+    write_tfrecord(tmp_path / "r", [{"image/encoded": d} for d in different(6).values()])
+    assert job(folder, limit=4, output=tmp_path / "a").line["images"] == 4
+    assert job(tmp_path / "r", limit=4, output=tmp_path / "b").line["images"] == 4
+
+
+def test_rows_per_file(tmp_path, job):
+    ran = job(write_pictures(tmp_path / "in", different(7)), rows_per_file=3)
+    rows = sorted(f["rows"] for f in ran.manifest["files"])
+    assert rows == [1, 3, 3]
+    assert_true_manifest(ran)
+
+
+# --- bad pictures ------------------------------------------------------------------------------
+
+
+def test_bad_pictures_are_rows_with_a_reason(tmp_path, job):
+    pictures = {
+        "good.jpg": jpeg(),
+        "cut.jpg": truncated(jpeg()),
+        "empty.jpg": b"",
+        "text.jpg": b"no picture at all",
+        "large.png": good()["rgb.png"] if "rgb.png" in good() else oriented(1),
+        "heavy.jpg": jpeg(300, 300, quality=100),
+    }
+    folder = write_pictures(tmp_path / "in", pictures)
+    ran = job(folder, max_failure_rate=1, max_image_bytes=20_000, max_image_pixels=50_000)
+    assert ran.code == 0
+    classes = {Path(k).name: r["error_class"] for k, r in ran.rows("failures").items()}
+    assert classes == {
+        "cut.jpg": "CorruptImage",
+        "empty.jpg": "EmptyImage",
+        "text.jpg": "UnsupportedFormat",
+        "heavy.jpg": "TooManyBytes",
+    }
+    row = ran.rows("failures")[str(folder / "cut.jpg")]
+    assert row["stage"] == "decode"
+    assert row["sha256"] == hashlib.sha256(pictures["cut.jpg"]).hexdigest()
+    assert row["bytes"] == len(pictures["cut.jpg"])
+    assert ran.rows("failures")[str(folder / "heavy.jpg")]["sha256"] is None
+    assert_true_manifest(ran)
+
+
+def test_too_many_failures_publish_nothing(tmp_path, job):
+    pictures = {"good.jpg": jpeg(), "bad.jpg": b"nothing"}
+    ran = job(write_pictures(tmp_path / "in", pictures), max_failure_rate=0.4)
+    assert ran.code == 3
+    assert ran.line["status"] == "too_many_failures"
+    assert (ran.line["features"], ran.line["failures"], ran.line["manifest"]) == (1, 1, None)
+    present = {str(p.relative_to(ran.output)) for p in ran.output.rglob("*") if p.is_file()}
+    assert not any(path.startswith(("features", "manifest", "_SUCCESS")) for path in present)
+    (part,) = ran.output.rglob("*.parquet")
+    assert part.relative_to(ran.output).parts[0] == "_failed"
+    assert pq.read_table(part).column("key").to_pylist() == [str(tmp_path / "in" / "bad.jpg")]
+
+
+def damaged(path: Path) -> Path:
+    """Three records; the second's payload is altered."""
+    write_tfrecord(path, [{"image/encoded": data} for data in different(3).values()])
+    data = bytearray(path.read_bytes())
+    first = int.from_bytes(data[:8], "little") + 16
+    data[first + 200] ^= 1
+    path.write_bytes(bytes(data))
+    return path
+
+
+def test_damage_in_a_tfrecord_is_one_row_a_place(tmp_path, job):
+    path = damaged(tmp_path / "data")
+    second = int.from_bytes(path.read_bytes()[:8], "little") + 16
+    with path.open("ab") as stream:
+        stream.write(b"junk at the end")
+    end = path.stat().st_size - len(b"junk at the end")
+    ran = job(path, max_failure_rate=1)
+    assert list(ran.rows("features")) == [f"{path}#0", f"{path}#2"]
+    assert set(ran.rows("failures")) == {f"{path}@{second}", f"{path}@{end}"}
+    assert ran.line["images"] == 4
+    assert_true_manifest(ran)
+
+
+def test_damage_can_fail_the_run_in_one_short_line(tmp_path, job):
+    ran = job(damaged(tmp_path / "data"), on_damage="fail")
+    assert ran.code == 1
+    assert ran.line["status"] == "failed"
+    told = [line for line in ran.stderr.splitlines() if "BadChecksum" in line]
+    assert told
+    assert all(len(line) < 1000 for line in told)
+    assert not (ran.output / "manifest.json").exists()
+
+
+def test_missing_shards_and_empty_files_are_told(tmp_path, job):
+    write_tfrecord(tmp_path / "d-00000-of-00003", [{"image/encoded": jpeg()}])
+    (tmp_path / "d-00001-of-00003").write_bytes(b"")
+    ran = job(tmp_path / "d-*")
+    assert ran.code == 0
+    assert len(ran.manifest["warnings"]) == 2
+    for warning in ran.manifest["warnings"]:
+        assert warning in ran.stderr
+
+
+# --- what is there already ---------------------------------------------------------------------
+
+
+def test_an_existing_output_is_refused(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "anything").touch()
+    ran = job(folder)
+    assert (ran.code, ran.line) == (2, None)
+    assert "--if_exists" in ran.stderr
+
+
+def test_overwrite_leaves_only_the_new(tmp_path, job):
+    job(write_pictures(tmp_path / "in", different(4)), rows_per_file=1)
+    ran = job(write_pictures(tmp_path / "other", different(2)), if_exists="overwrite")
+    assert set(ran.rows("features")) == {str(tmp_path / "other" / f"{i}.jpg") for i in range(2)}
+    assert_true_manifest(ran)
+
+
+def test_resume_adds_what_is_new_and_keeps_failures(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", {**different(3), "bad.jpg": b"nothing"})
+    first = job(folder, if_exists="resume", max_failure_rate=1)
+    assert (first.code, first.line["skipped"]) == (0, 0)
+    write_pictures(folder, {"new.jpg": jpeg(50, 50), "bad.jpg": jpeg(60, 60)})
+    second = job(folder, if_exists="resume", max_failure_rate=1)
+    assert (second.line["images"], second.line["features"]) == (5, 1)
+    assert (second.line["failures"], second.line["skipped"]) == (0, 4)
+    assert second.manifest["counts"] == {"images": 5, "features": 4, "failures": 1}
+    third = job(folder, if_exists="resume", retry_failures=True)
+    assert third.manifest["counts"] == {"images": 5, "features": 5, "failures": 0}
+    assert_true_manifest(third)
+
+
+def test_resume_refuses_other_options(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    job(folder)
+    for flag, value in (("fit", "pad"), ("embedding_dtype", "float16"), ("outputs", "embedding")):
+        ran = job(folder, if_exists="resume", **{flag: value})
+        assert ran.code == 2
+        assert "was made with another" in ran.stderr
+    ran = job(folder, if_exists="resume", model=exports.exported("hub_v1", "feature_vector"))
+    assert ran.code == 2
+
+
+def test_resume_goes_on_from_a_killed_run(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(6))
+    whole = job(folder, output=tmp_path / "whole", rows_per_file=2).rows("features")
+    killed = job(folder, rows_per_file=2)
+    (killed.output / "manifest.json").unlink()
+    (killed.output / "_SUCCESS").unlink()
+    parts = sorted((killed.output / "features").iterdir())
+    parts[0].write_bytes(parts[0].read_bytes()[:-10])  # torn
+    (killed.output / "features" / ".tmp-0-part").write_bytes(b"half")
+    ran = job(folder, if_exists="resume")
+    assert (ran.line["features"], ran.line["skipped"]) == (2, 4)
+    assert ran.rows("features") == whole
+    assert_true_manifest(ran)
+
+
+# --- wrong requests ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"inptu_format": "images"}, "--input_format"),
+        ({"input": "/nowhere/*.jpg"}, "/nowhere/*.jpg"),
+        ({"output": "/dev/null/out"}, "/dev/null/out"),
+        ({"model": "/nowhere/model"}, "/nowhere/model"),
+        ({"model": "."}, "saved_model.pb"),
+        ({"input": "s3a://bucket/x"}, "s3a"),
+        ({"top_k": "12"}, "11 classes"),
+        ({"outputs": "embeddings"}, "embeddings"),
+        ({"columns": "key"}, "key"),
+        ({"max_failure_rate": "10"}, "0 to 1"),
+        ({"batch_size": "0"}, "at least 1"),
+        ({"formats": "jpeg,heic"}, "heic"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_2(tmp_path, job, flags, told):
+    folder = write_pictures(tmp_path / "in", different(1))
+    inputs = [] if "input" in flags else [folder]
+    ran = job(*inputs, **flags)
+    assert (ran.code, ran.line) == (2, None)
+    assert told in ran.stderr
+    assert len([line for line in ran.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_of_a_feature_vector_module_are_refused_by_name(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    ran = job(folder, model=exports.exported("saved_model", "feature_vector"), outputs="logits")
+    assert ran.code == 2
+    assert "has only embedding" in ran.stderr
+
+
+def test_an_empty_input_can_be_allowed(tmp_path, job):
+    (tmp_path / "in").mkdir()
+    assert job(tmp_path / "in").code == 2
+    ran = job(tmp_path / "in", allow_empty=True)
+    assert (ran.code, ran.line["images"]) == (0, 0)
+    assert_true_manifest(ran)
+
+
+def test_a_dry_run_leaves_no_trace(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(2))
+    ran = job(folder, dry_run=True)
+    assert (ran.code, ran.line["status"]) == (0, "dry_run")
+    assert not ran.output.exists()
+    bad = write_pictures(tmp_path / "bad", {"a.jpg": b"nothing"})
+    assert job(bad, dry_run=True).code == 2
+
+
+def test_wrong_flags_are_told_without_traceback_by_the_process(tmp_path):
+    call = [sys.executable, "-m", "pipeline.extract", "--inptu", "x"]
+    ended = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert "--input" in ended.stderr
+
+
+# --- real pictures -----------------------------------------------------------------------------
+
+
+def test_the_corpus_of_real_and_damaged_pictures(job, corpus):
+    ran = job(*[corpus / kind for kind in ("derived", "hostile", "photos")], max_failure_rate=1)
+    assert ran.code == 0
+    assert_true_manifest(ran)
+    features, failures = ran.rows("features"), ran.rows("failures")
+    assert len(features) + len(failures) == 366
+    supported = {"jpeg", "png", "webp", "gif", "bmp"}
+    with (corpus / "manifest.csv").open() as stream:
+        for row in csv.DictReader(stream):
+            key = str(corpus / row["path"])
+            if row["expected"] == "decode" and row["container"] in supported:
+                width, height = int(row["width"]), int(row["height"])
+                if row["orientation"] in ("5", "6", "7", "8"):
+                    width, height = height, width
+                assert (features[key]["width"], features[key]["height"]) == (width, height), key
+            elif row["expected"] in ("reject", "limit"):
+                assert key in failures
+            if row["expected"].startswith("decode") and row["container"] not in supported:
+                assert failures[key]["error_class"] == "UnsupportedFormat", key
+
+
+def test_photographs_differ_in_their_embeddings(tmp_path, job):
+    from PIL import Image
+
+    for seed in range(3):
+        Image.fromarray(photo(64, 64, seed)).save(tmp_path / f"{seed}.png")
+    ran = job(tmp_path / "*.png")
+    vectors = np.array([row["embedding"] for row in ran.rows("features").values()])
+    assert len(np.unique(vectors.round(3), axis=0)) == 3

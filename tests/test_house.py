@@ -1,0 +1,196 @@
+"""The laws of the house, held by tests, each of which is shown to be able to fail."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A room may import those below it. formats and models do not know each other.
+MAY_IMPORT = {
+    "pipeline": {"transforms", "formats", "models", "storage"},
+    "transforms": {"formats", "models", "storage"},
+    "formats": {"storage"},
+    "models": {"storage"},
+    "storage": set(),
+}
+SHARED_STEPS = {"lookahead", "metrics"}  # what every step may use
+BEAM_AT_THE_TOP = {"pipeline", "transforms"}
+TENSORFLOW = {"tensorflow", "tensorflow_hub", "tf_keras", "keras"}
+EXAMPLES = "formats/example.py"  # where tf.Example is parsed
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Every imported module and whether it is imported when the file is."""
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node not in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node not in inside
+            yield from ((f"{node.module}.{a.name}", node not in inside) for a in node.names)
+
+
+def broken_floors(files: dict[str, str]) -> list[str]:
+    """What of `files` (path to text) imports upwards, across, or a library of another floor."""
+    broken = []
+    for path, text in files.items():
+        room, *_ = path.partition("/")
+        for module, at_top in imports(ast.parse(text)):
+            top, *rest = module.split(".")
+            if top in MAY_IMPORT and top != room and top not in MAY_IMPORT[room]:
+                broken.append(f"{path} imports {module}")
+            if room == top == "transforms" and rest and rest[0] not in SHARED_STEPS:
+                broken.append(f"{path} imports the step {module}")
+            beam_is_home = room in BEAM_AT_THE_TOP or (room == "storage" and not at_top)
+            if top == "apache_beam" and not beam_is_home:
+                broken.append(f"{path} imports Beam")
+            if top in TENSORFLOW and room != "models" and path != EXAMPLES:
+                broken.append(f"{path} imports TensorFlow")
+    return broken
+
+
+def undocumented(files: dict[str, str]) -> list[str]:
+    """Public functions, classes and modules of `files` without a docstring or annotations."""
+    missing = []
+    for path, text in files.items():
+        tree = ast.parse(text)
+        if not ast.get_docstring(tree):
+            missing.append(path)
+        for node in ast.walk(tree):
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            if public and node in tree.body and not ast.get_docstring(node):
+                missing.append(f"{path}:{node.name}")
+            if public and isinstance(node, ast.FunctionDef) and node.returns is None:
+                missing.append(f"{path}:{node.name} returns?")
+    return missing
+
+
+def sources() -> dict[str, str]:
+    return {
+        str(path.relative_to(ROOT)): path.read_text()
+        for room in MAY_IMPORT
+        for path in sorted((ROOT / room).rglob("*.py"))
+    }
+
+
+def test_imports_only_go_down():
+    assert broken_floors(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("formats/a.py", "import models.loading"),
+        ("formats/a.py", "from transforms import decode"),
+        ("formats/a.py", "import apache_beam as beam"),
+        ("formats/a.py", "def f():\n    import tensorflow as tf"),
+        ("models/a.py", "from formats.records import Failure"),
+        ("storage/a.py", "import apache_beam"),
+        ("storage/a.py", "from pipeline.options import Options"),
+        ("transforms/a.py", "from transforms.decode import DecodeImages"),
+        ("transforms/a.py", "import tensorflow"),
+        ("transforms/a.py", "from pipeline import options"),
+    ],
+)
+def test_a_broken_floor_is_seen(path, text):
+    assert broken_floors({path: text})
+
+
+def test_everything_public_is_documented():
+    assert undocumented(sources()) == []
+
+
+def test_a_missing_docstring_is_seen():
+    assert undocumented({"a.py": '"""A."""\ndef f() -> int: ...'}) == ["a.py:f"]
+    assert undocumented({"a.py": '"""A."""\ndef f():\n    """F."""'}) == ["a.py:f returns?"]
+    assert undocumented({"a.py": "x = 1"}) == ["a.py"]
+
+
+def test_every_room_and_file_is_in_the_architecture():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    files = [path for path in sources() if not path.endswith("__init__.py")]
+    assert [path for path in files if not re.search(rf"\b{Path(path).name}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["pipeline.options", "pipeline.extract", "pipeline.models", "models.catalog", "models.handles"],
+)
+def test_quick_modules_pull_in_no_heavy_library(module):
+    heavy = sorted(TENSORFLOW | {"apache_beam", "pyarrow", "numpy", "PIL"})
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert told.stdout.strip() == "[]"
+
+
+def test_the_sdist_installs_alone_and_answers_help(tmp_path):
+    """What Beam's --setup_file ships: no dependency asked for, nothing of it missing."""
+    quiet = {"capture_output": True, "check": True, "text": True}
+    subprocess.run(
+        f"{sys.executable} setup.py -q egg_info --egg-base {tmp_path} sdist -d {tmp_path}".split(),
+        cwd=ROOT,
+        **quiet,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert set(sources()) <= names
+    assert not any(name.startswith(("tests/", "out/")) for name in names)
+    empty = tmp_path / "empty"
+    subprocess.run([sys.executable, "-m", "venv", str(empty)], **quiet)
+    (library,) = empty.glob("lib/python*/site-packages")
+    setuptools = subprocess.run(
+        [sys.executable, "-c", "import setuptools; print(setuptools.__path__[0])"], **quiet
+    )
+    shutil.rmtree(library / "setuptools", ignore_errors=True)  # Python 3.11 brings an old one
+    os.symlink(setuptools.stdout.strip(), library / "setuptools")  # what builds it, nothing else
+    python = str(empty / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, str(archive)], cwd=tmp_path, **quiet)
+    for command in ("pipeline.extract", "pipeline.models"):
+        told = subprocess.run([python, "-m", command, "--help"], cwd=tmp_path, **quiet)
+        assert "usage:" in told.stdout
+    metadata = next(library.glob("image_features-*.dist-info")) / "METADATA"
+    asked = re.findall(r"^Requires-Dist: .*", metadata.read_text(), re.M)
+    assert [line for line in asked if "extra ==" not in line] == []
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Package to the versions that a lock allows (by platform)."""
+    found: dict[str, set[str]] = {}
+    for package, version in re.findall(
+        r"^([\w.-]+)==(\S+)", (ROOT / "requirements" / name).read_text(), re.M
+    ):
+        found.setdefault(package, set()).add(version)
+    return found
+
+
+def test_the_locks_agree_and_hold_no_address():
+    runtime, test = pins("runtime.txt"), pins("test.txt")
+    assert {name: test.get(name) for name in runtime} == runtime
+    for name in ("runtime.txt", "test.txt"):
+        text = (ROOT / "requirements" / name).read_text()
+        assert "://" not in text
+        assert "index" not in re.sub(r"#.*", "", text)
+        assert text.count("--hash=sha256:") >= len(pins(name))
+
+
+def test_the_lock_holds_the_pillow_that_beams_pin_refuses():
+    (version,) = pins("runtime.txt")["pillow"]
+    assert int(version.split(".")[0]) >= 13
+    assert "pillow>=13" not in (ROOT / "pyproject.toml").read_text().replace(" ", "")

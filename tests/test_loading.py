@@ -1,0 +1,152 @@
+"""Loading: what a module holds is found, checked, and run as one function of uint8 pixels."""
+
+import shutil
+from pathlib import Path
+
+import exports
+import numpy as np
+import pytest
+import tensorflow as tf
+from reference_weights import images
+
+from models.export import export_saved_model
+from models.loading import LoadSpec, ModelError, load
+from storage.errors import RequestError
+
+CLASSES, WIDTH, SIZE = 11, 48, 32
+DATA = Path(__file__).parent / "data"
+
+
+def uint8_pictures(side: int) -> np.ndarray:
+    return np.rint(images(side) * 255).astype(np.uint8)
+
+
+def worst(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest error relative to the largest value."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("format", ["saved_model", "hub_v1"])
+@pytest.mark.parametrize("network", ["nasnet_mobile", "pnasnet_mobile"])
+def test_uint8_pixels_give_slims_features_and_logits(network, format):
+    expected = np.load(DATA / f"{network}_expected.npz")
+    model = load(LoadSpec(exports.exported(format, "classification", network)))
+    got = model(uint8_pictures(224))
+    assert worst(got["embedding"], expected["features"]) < 1e-5
+    assert worst(got["logits"], expected["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("format", ["saved_model", "hub_v1"])
+def test_what_a_module_holds_is_found(format):
+    info = load(LoadSpec(exports.exported(format, "classification"))).info
+    assert (info.format, info.image_size) == (format, SIZE)
+    assert dict(info.outputs) == {"embedding": WIDTH, "logits": CLASSES}
+    info = load(LoadSpec(exports.exported(format, "feature_vector"))).info
+    assert dict(info.outputs) == {"embedding": WIDTH}
+
+
+@pytest.mark.parametrize("format", ["saved_model", "hub_v1"])
+def test_the_embedding_of_a_classifier_is_that_of_the_feature_vector_module(format):
+    pixels = uint8_pictures(SIZE)
+    both = load(LoadSpec(exports.exported(format, "classification")))(pixels)
+    alone = load(LoadSpec(exports.exported(format, "feature_vector")))(pixels)
+    assert worst(both["embedding"], alone["embedding"]) < 2e-6
+
+
+def test_a_picture_has_the_same_bits_wherever_it_stands_in_its_batch():
+    model = load(LoadSpec(exports.exported("saved_model", "classification")))
+    pixels = uint8_pictures(SIZE)
+    forth, back = model(pixels), model(pixels[::-1].copy())
+    for name in forth:
+        assert np.array_equal(forth[name], back[name][::-1])
+
+
+def test_the_fingerprint_is_of_graph_and_weights_alone(tmp_path):
+    original = exports.exported("saved_model", "classification")
+    fingerprint = load(LoadSpec(original)).info.fingerprint
+    shutil.copytree(original, tmp_path / "copy")
+    assert load(LoadSpec(str(tmp_path / "copy"))).info.fingerprint == fingerprint
+    values = dict(exports.values())
+    export_saved_model(exports.ONE_CELL, values, "classification", str(tmp_path / "again"))
+    assert load(LoadSpec(str(tmp_path / "again"))).info.fingerprint == fingerprint
+    name = "conv0/weights"
+    values[name] = values[name] + np.float32(1e-3)
+    export_saved_model(exports.ONE_CELL, values, "classification", str(tmp_path / "other"))
+    assert load(LoadSpec(str(tmp_path / "other"))).info.fingerprint != fingerprint
+
+
+def test_outputs_chosen_change_neither_values_nor_fingerprint():
+    directory = exports.exported("saved_model", "classification")
+    both, one = load(LoadSpec(directory)), load(LoadSpec(directory, ("logits",)))
+    pixels = uint8_pictures(SIZE)
+    assert set(one(pixels)) == {"logits"}
+    assert one.info == both.info
+    assert worst(one(pixels)["logits"], both(pixels)["logits"]) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((SIZE, SIZE, 3), np.uint8),
+        np.zeros((1, 224, 224, 3), np.uint8),
+        np.zeros((1, SIZE, SIZE, 1), np.uint8),
+        np.zeros((1, SIZE, SIZE, 3), np.float32),
+        np.zeros((0, SIZE, SIZE, 3), np.uint8),
+    ],
+    ids=lambda pixels: f"{pixels.dtype}{pixels.shape}",
+)
+def test_wrong_pixels_are_refused_before_tensorflow_sees_them(pixels):
+    model = load(LoadSpec(exports.exported("hub_v1", "classification")))
+    with pytest.raises(ValueError, match="pixels"):
+        model(pixels)
+
+
+def test_an_output_that_is_not_there_is_named():
+    with pytest.raises(ModelError, match=r"logits.*has only embedding"):
+        load(LoadSpec(exports.exported("saved_model", "feature_vector"), ("logits",)))
+
+
+def test_what_is_no_model_is_told(tmp_path):
+    with pytest.raises(RequestError, match="no such directory"):
+        load(LoadSpec(str(tmp_path / "nothing")))
+    with pytest.raises(RequestError, match=r"no saved_model\.pb"):
+        load(LoadSpec(str(tmp_path)))
+    (tmp_path / "saved_model.pb").write_bytes(b"not a graph")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(LoadSpec(str(tmp_path)))
+
+
+class Plain(tf.Module):
+    """Something of another architecture."""
+
+    def __init__(self, size: int | None, rank: int = 4):
+        super().__init__()
+        self.kernel = tf.Variable(tf.ones([3, 5]))
+        shape = [None, *[size] * (rank - 2), 3]
+        self.serve = tf.function(self.run, input_signature=[tf.TensorSpec(shape, tf.float32)])
+
+    def run(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+        pooled = tf.reduce_mean(pictures, axis=list(range(1, len(pictures.shape) - 1)))
+        return {"probabilities": pooled @ self.kernel, "grid": pictures}
+
+
+def save_plain(directory: Path, **how) -> str:
+    module = Plain(**how)
+    tf.saved_model.save(module, str(directory), signatures={"serving_default": module.serve})
+    return str(directory)
+
+
+def test_another_architecture_loads_by_the_same_rules(tmp_path):
+    model = load(LoadSpec(save_plain(tmp_path / "m", size=8)))
+    assert dict(model.info.outputs) == {"embedding": 3, "logits": 5}
+    pixels = np.full((2, 8, 8, 3), 51, np.uint8)
+    got = model(pixels)
+    np.testing.assert_allclose(got["embedding"], 0.2, rtol=1e-6)
+    np.testing.assert_allclose(got["logits"], 0.6, rtol=1e-6)
+
+
+def test_inputs_that_are_no_pictures_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="one batch of pictures"):
+        load(LoadSpec(save_plain(tmp_path / "flat", size=8, rank=3)))
+    with pytest.raises(ModelError, match="fixed size"):
+        load(LoadSpec(save_plain(tmp_path / "open", size=None)))
