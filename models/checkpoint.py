@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-import tensorflow as tf
 
 from models.networks import is_trainable
+from models.runtime import tf
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by Slim name (no ":0"), as `models.networks.variable_shapes` gives them."""

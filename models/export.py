@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import tensorflow as tf
-from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
-
 from models.catalog import Head, NetworkSpec
 from models.checkpoint import Values, write_checkpoint
 from models.networks import (
@@ -30,6 +27,7 @@ from models.networks import (
     l2_loss,
     variable_shapes,
 )
+from models.runtime import meta_graph_pb2, saved_model_pb2, tf
 
 MODULE_FORMAT_V3 = 3  # ModuleDef.Format of tensorflow_hub/module_def.proto
 

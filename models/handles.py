@@ -1,32 +1,250 @@
-"""Any model handle -> a local directory that holds a model. No TensorFlow here."""
+"""Any model handle -> a local directory that holds a model. No TensorFlow here.
+
+What is fetched is kept under `$IMAGE_FEATURES_CACHE` (else `~/.cache/image-features`), one folder a
+handle, which appears by a rename once it is whole. Nobody waits for anybody: two processes that
+want one model both fetch it, and the second finds the first's in place.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import http.client
 import os
+import re
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
+from models.archives import ArchiveError, unpack
+from models.catalog import HUB_MODELS, NETWORKS
 from storage import files
 from storage.errors import RequestError
 
-SAVED_MODEL, HUB_V1 = "saved_model", "hub_v1"
+SAVED_MODEL, HUB_V1, PREPARED = "saved_model", "hub_v1", "prepared"
+PREPARED_FILE = "prepared.json"
+_MARKERS = {"tfhub_module.pb": HUB_V1, "saved_model.pb": SAVED_MODEL, PREPARED_FILE: PREPARED}
+_KAGGLE = re.compile(
+    r"https?://(?:www\.)?kaggle\.com/(?:api/v1/)?models/(?P<owner>[^/?]+)/(?P<model>[^/?]+)/"
+    r"(?:frameworks/)?(?P<framework>[^/?]+)/(?:variations/)?(?P<variation>[^/?]+)/"
+    r"(?:versions/)?(?P<version>\d+)(?:/download)?/?",
+    re.IGNORECASE,
+)
+_ARCHIVE = (".tar.gz", ".tgz")
+_TRIES = 3
+_STALL_SECONDS = 30.0  # without a byte, after which a fetch is given up
+_STALE_SECONDS = 3600.0  # after which what a killed process left in the cache is removed
+_CHUNK = 1 << 20
 
 
 def model_format(directory: str) -> str:
-    """`hub_v1` or `saved_model`, by the files in `directory`. RequestError where it holds none."""
+    """`hub_v1`, `saved_model` or `prepared`, by the files in `directory`. RequestError for none."""
     if not os.path.isdir(directory):
         raise RequestError(
             f"--model {directory}: no such directory; give a folder with a saved_model.pb, such as "
-            "`python -m pipeline.models export` writes"
+            "`python -m pipeline.models export` writes, or a handle of the hub"
         )
-    if not os.path.isfile(os.path.join(directory, "saved_model.pb")):
-        raise RequestError(
-            f"--model {directory}: holds no saved_model.pb, so no model; give the folder itself "
-            "that holds it"
-        )
-    return HUB_V1 if os.path.isfile(os.path.join(directory, "tfhub_module.pb")) else SAVED_MODEL
+    for name, kind in _MARKERS.items():
+        if os.path.isfile(os.path.join(directory, name)):
+            if kind == HUB_V1 and not os.path.isfile(os.path.join(directory, "saved_model.pb")):
+                continue
+            return kind
+    raise RequestError(
+        f"--model {directory}: holds no saved_model.pb, so no model; give the folder itself that "
+        "holds it"
+    )
 
 
-def resolve(handle: str) -> str:
-    """The absolute path of the model that `handle` names. RequestError where there is none."""
-    directory = files.absolute(handle)
-    model_format(directory)
-    return directory
+def archive_url(handle: str) -> str | None:
+    """The address of the archive that a web handle names, None for a handle of another kind.
+
+    A catalogue name stands for the newest classification model of its network on tfhub.dev. Raises
+    RequestError for a web page that is no model.
+    """
+    if handle in NETWORKS:
+        published = [m for m in HUB_MODELS.values() if m.network.name == handle]
+        if not published:
+            raise RequestError(
+                f"--model {handle}: was never published; make it with `python -m pipeline.models "
+                "export --checkpoint` and give its directory"
+            )
+        handle = max(published, key=lambda m: (m.head == "classification", m.version)).handle
+    if not handle.startswith(("http://", "https://")):
+        return None
+    kaggle = _KAGGLE.fullmatch(handle)
+    if kaggle:
+        path = "/".join(kaggle[name] for name in ("owner", "model", "framework", "variation"))
+        return f"https://www.kaggle.com/api/v1/models/{path}/{kaggle['version']}/download"
+    bare = handle.partition("?")[0].rstrip("/")
+    if bare.endswith(_ARCHIVE):
+        return handle
+    if re.match(r"https?://(www\.)?tfhub\.dev/.+/\d+$", bare):
+        return f"{bare}?tf-hub-format=compressed"
+    raise RequestError(
+        f"--model {handle}: not a model's address; give a tfhub.dev or Kaggle handle with its "
+        "version, or the address of a .tar.gz"
+    )
+
+
+def resolve(handle: str, sha256: str | None = None) -> str:
+    """The local directory of the model that `handle` names: its absolute path, fetched if need be.
+
+    `sha256` (lower-case hex) is the digest that its archive must have. Raises RequestError, one
+    line, where there is none, it cannot be reached, or it is cut or altered.
+    """
+    url = archive_url(handle)
+    path = handle if url else files.absolute(handle)
+    try:
+        if url:
+            return _cached(handle, url, sha256)
+        if path.endswith(_ARCHIVE) and (files.is_remote(path) or os.path.isfile(path)):
+            return _cached(f"{path} {files.version(path)}", path, sha256)
+        if sha256:
+            raise RequestError(
+                f"--model_sha256: the digest of an archive, but {handle} is a directory"
+            )
+        if files.is_remote(path):
+            return _cached_folder(path)
+    except (ArchiveError, OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RequestError(f"--model {handle}: cannot be had ({reason})") from None
+    model_format(path)
+    return path
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept."""
+    chosen = os.environ.get("IMAGE_FEATURES_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else base / "image-features"
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in the cache for what is on its way, removed at the end."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=cache))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _cached(identity: str, address: str, sha256: str | None) -> str:
+    """The unpacked archive at `address`; `identity` is what it is known by in the cache."""
+    place = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()
+    digest = place / "archive.sha256"
+    if digest.is_file() and sha256 in (None, digest.read_text()):
+        return _model_below(place / "model")
+    with _scratch() as scratch:
+        archive = scratch / "archive"
+        found = _fetch(address, archive)
+        if sha256 not in (None, found):
+            raise RequestError(
+                f"--model_sha256 {sha256}: the archive at {address} has {found}; it is another "
+                "file than the one you trust"
+            )
+        (scratch / "whole").mkdir()
+        unpack(archive, scratch / "whole" / "model")
+        _model_below(scratch / "whole" / "model")
+        (scratch / "whole" / "archive.sha256").write_text(found)
+        _settle(scratch / "whole", place)
+    return _model_below(place / "model")
+
+
+def _settle(whole: Path, place: Path) -> None:
+    """Put `whole` at `place` by a rename, over an older one, unless another process just did."""
+    with contextlib.suppress(OSError):
+        if (place / "archive.sha256").read_text() == (whole / "archive.sha256").read_text():
+            return
+        place.rename(whole.parent / "old")
+    with contextlib.suppress(FileExistsError):
+        whole.rename(place)
+
+
+def _model_below(folder: Path) -> str:
+    """The folder itself, or the only one in it, whichever holds a model."""
+    inner = list(folder.iterdir())
+    if len(inner) == 1 and inner[0].is_dir():
+        folder = inner[0]
+    if not any((folder / name).is_file() for name in ("saved_model.pb", PREPARED_FILE)):
+        raise ArchiveError("it holds no saved_model.pb, so no model")
+    return str(folder)
+
+
+def _cached_folder(uri: str) -> str:
+    """The files below `uri` (gs:// or s3://) as a local directory."""
+    listed = files.list_folder(uri)
+    if not listed:
+        raise RequestError(f"--model {uri}: nothing is there")
+    names = [info.path.removeprefix(uri.rstrip("/") + "/") for info in listed]
+    stamp = "\n".join(files.version(info.path) for info in listed)
+    place = cache_folder() / hashlib.sha256(f"{uri}\n{stamp}".encode()).hexdigest()
+    if not place.is_dir():
+        with _scratch() as scratch:
+            for name, info in zip(names, listed, strict=True):
+                target = scratch / "model" / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with files.open_read(info.path) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, _CHUNK)
+                if target.stat().st_size != info.size:
+                    raise OSError(f"{info.path} was cut on its way")
+            model_format(str(scratch / "model"))
+            with contextlib.suppress(FileExistsError, OSError):
+                (scratch / "model").rename(place)
+    return str(place)
+
+
+# --- fetching ----------------------------------------------------------------------------------
+
+
+def _fetch(address: str, target: Path) -> str:
+    """Copy what lies at `address` to `target`; returns its SHA-256. Raises OSError."""
+    if not address.startswith(("http://", "https://")):
+        with files.open_read(address) as source:
+            return _copy(source, target)
+    for tried in range(1, _TRIES + 1):
+        try:
+            return _download(address, target)
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or tried == _TRIES:
+                raise OSError(f"{address} answers {error.code} {error.reason}") from None
+        except urllib.error.URLError as error:
+            # No name or no route does not mend itself in seconds.
+            raise OSError(f"{address} cannot be reached: {error.reason}") from None
+        except (OSError, http.client.HTTPException):
+            if tried == _TRIES:
+                raise
+        time.sleep(0.5 * tried)
+    raise AssertionError("unreachable")
+
+
+def _download(address: str, target: Path) -> str:
+    request = urllib.request.Request(address, headers={"User-Agent": "image-features"})
+    with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+        digest = _copy(response, target)
+        announced = response.headers.get("Content-Length")
+    if announced is not None and target.stat().st_size != int(announced):
+        raise OSError(f"{address} sent {target.stat().st_size} of {announced} bytes")
+    return digest
+
+
+def _copy(source: object, target: Path) -> str:
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        while chunk := source.read(_CHUNK):  # type: ignore[attr-defined]
+            file.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -15,12 +15,8 @@ from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its INFO lines speak of the build, not of us
-
-import tensorflow as tf
-from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-
 from models.handles import HUB_V1, model_format
+from models.runtime import GPUS, convert_variables_to_constants_v2, tf
 from storage.errors import RequestError
 
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -130,7 +126,7 @@ def _load(spec: LoadSpec) -> LoadedModel:
 
 def default_batch_size() -> int:
     """Images a batch for this machine: on CPU more than 32 gains nothing, a GPU wants more."""
-    return 256 if tf.config.list_physical_devices("GPU") else 32
+    return 256 if GPUS else 32
 
 
 # --- finding and freezing ----------------------------------------------------------------------

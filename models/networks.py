@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import tensorflow as tf
-
 from models.catalog import Head, NetworkSpec, Place
 from models.cells import NONE, Branch, Operation
+from models.runtime import tf
 
 BATCH_NORM_EPSILON = 1e-3
 BATCH_NORM_MOMENTUM = 0.99  # of the published hub modules; Slim trained with 0.9997

@@ -308,3 +308,14 @@ def check_writable(folder: str) -> None:
                 path.rmdir()
             except OSError:
                 pass  # never made, or another run has begun to use it
+
+
+def version(path: str) -> str:
+    """A text that changes when the file at `path` does: its size and time of change."""
+    if not is_remote(path):
+        status = os.stat(path)
+        return f"{status.st_size} {status.st_mtime_ns}"
+    meta = _beam().match([path])[0].metadata_list
+    if not meta:
+        raise FileNotFoundError(f"{path}: nothing is there")
+    return f"{meta[0].size_in_bytes} {meta[0].last_updated_in_seconds}"

@@ -1,0 +1,61 @@
+"""TensorFlow made ready: imported without its chatter, GPU memory growing instead of all taken."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Lines of the native libraries before their log levels are in force.
+_CHATTER = re.compile(rb"^([IWE]\d{4} |WARNING: All log messages before|To enable the following)")
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hold stderr back; then let through what is no chatter, or all of it after an error."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        keep_all = True
+        try:
+            yield
+            keep_all = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            for line in held:
+                if keep_all or not _CHATTER.match(line):
+                    os.write(2, line)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+_has_gpu = Path("/dev/nvidiactl").exists()  # there its messages matter
+with _without_chatter():
+    import tensorflow as tf
+    from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
+
+    GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
+    for _gpu in GPUS:
+        # Before anything touches the device; otherwise one process takes all of its memory.
+        tf.config.experimental.set_memory_growth(_gpu, True)
+    if not _has_gpu:
+        tf.config.set_visible_devices([], "GPU")
+        tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
+
+__all__ = [
+    "GPUS",
+    "convert_variables_to_constants_v2",
+    "meta_graph_pb2",
+    "saved_model_pb2",
+    "tf",
+]

@@ -1,0 +1,730 @@
+"""An output directory: keys settled, a commit that readers can trust, and what resuming keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from formats import dataset, table
+from formats.dataset import (
+    FAILURES,
+    FEATURES,
+    PartWriter,
+    Publication,
+    describe_part,
+    open_part,
+    place_digest,
+    publish,
+    read_manifest,
+    read_verdict,
+    resume,
+    settle,
+    whole_parts,
+)
+from formats.records import Failure, Features, ImageRef
+from formats.table import TableSpec
+from storage.errors import RequestError, RunError
+
+ROWS = {"model": "m1", "top_k": 0}
+
+
+def metadata(rows=ROWS, run="r"):
+    return table.metadata_text({"run_id": run, dataset.ROW_META: rows})
+
+
+def write_part(output, kind, name, images, rows=ROWS):
+    """A closed data file of `images`: (key, source, index) each."""
+    if kind == FEATURES:
+        spec = TableSpec({"embedding": 2}, metadata=metadata(rows))
+        vector = {"embedding": np.ones(2, np.float32)}
+        items = [Features(ImageRef(*image), "0" * 64, 1, 1, vector) for image in images]
+        batch = table.features_table(items, spec, spec.schema())
+    else:
+        items = [Failure(*image, "decode", "CorruptImage", "why") for image in images]
+        batch = table.failures_table(items, table.failure_schema(metadata(rows)))
+    writer = PartWriter(str(output), kind, f"part-{name}", batch.schema, "zstd")
+    writer.write(batch)
+    return writer.close()
+
+
+def images(*numbers, source="/in/a"):
+    return [(f"{source}#{n}", source, n) for n in numbers]
+
+
+def publication(output, run_id, **changes):
+    given = {
+        "if_exists": "error",
+        "replaces": None,
+        "max_failure_rate": 0.5,
+        "compression": "zstd",
+        "described": {"options": {"a": 1}, "model": {}},
+        **changes,
+    }
+    return Publication(str(output), run_id, **given)
+
+
+def commit(run, parts, skipped=0):
+    return publish(run, parts, skipped, lambda: {"seconds": 1.0})
+
+
+def rows_of(output, paths):
+    """(kind, key, source, index, error class or None) of every row, copies too."""
+    found = []
+    for path in paths:
+        with open_part(str(output), path) as part:
+            rows = part.read().to_pylist()
+        found += [
+            (path.partition("/")[0], r["key"], r["source"], r["record_index"], r.get("error_class"))
+            for r in rows
+        ]
+    return sorted(found, key=repr)
+
+
+def published(output):
+    """What a reader by the manifest sees, every claim of the manifest held against the files."""
+    manifest = read_manifest(str(output))
+    if manifest is None:
+        return None
+    paths = [entry["path"] for entry in manifest["files"]]
+    rows = rows_of(output, paths)
+    for entry in manifest["files"]:
+        data = (Path(output) / entry["path"]).read_bytes()
+        assert entry["bytes"] == len(data)
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+        assert entry["rows"] == len(rows_of(output, [entry["path"]]))
+    kinds = Counter(row[0] for row in rows)
+    counts = {"images": len(rows), "features": kinds[FEATURES], "failures": kinds[FAILURES]}
+    assert manifest["counts"] == counts
+    assert sum(manifest["failures_by"].values()) == kinds[FAILURES]
+    assert len({row[1] for row in rows}) == len(rows), "a key stands twice"
+    return rows
+
+
+def files_below(output):
+    return sorted(str(p.relative_to(output)) for p in Path(output).rglob("*") if p.is_file())
+
+
+def good(*numbers):
+    return [(FEATURES, *image, None) for image in images(*numbers)]
+
+
+# ---------------------------------------------------------------- one data file
+
+
+def test_a_part_is_what_its_writer_says(tmp_path):
+    part = write_part(tmp_path, FAILURES, "r-1", images(0, 1))
+    data = (tmp_path / part.path).read_bytes()
+    assert (part.path, part.kind, part.rows) == ("failures/part-r-1.parquet", FAILURES, 2)
+    assert (part.bytes, part.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert part.reasons == {"decode/CorruptImage": 2}
+    assert part.keys == dataset.key_digest("/in/a#0") + dataset.key_digest("/in/a#1")
+    assert describe_part(str(tmp_path), part.path) == part
+    feature = write_part(tmp_path, FEATURES, "r-1", images(0))
+    assert describe_part(str(tmp_path), feature.path) == feature
+
+
+def test_an_aborted_part_leaves_nothing(tmp_path, recwarn):
+    schema = table.failure_schema({})
+    writer = PartWriter(str(tmp_path), FAILURES, "part-r-1", schema, "zstd")
+    writer.write(table.failures_table([Failure("k", "s", 0, "read", "E", "m")], schema))
+    writer.abort()
+    del writer
+    assert files_below(tmp_path) == []
+
+
+def test_a_carried_column_may_be_named_stage(tmp_path):
+    spec = TableSpec({"embedding": 1}, columns={"stage": pa.string()})
+    row = Features(ImageRef("k", "s", 0, None, {"stage": "x"}), "0", 1, 1, {"embedding": [1.0]})
+    writer = PartWriter(str(tmp_path), FEATURES, "part-r-1", spec.schema(), "zstd")
+    writer.write(table.features_table([row], spec, spec.schema()))
+    assert writer.close().reasons == {}
+
+
+# ---------------------------------------------------------------- settling
+
+
+def settled(tmp_path, kept, fresh):
+    kept_after, fresh_after = settle(str(tmp_path), kept, fresh, "r", "zstd")
+    return tuple(rows_of(tmp_path, [p.path for p in ps]) for ps in (kept_after, fresh_after))
+
+
+def test_keys_that_are_unique_touch_no_file(tmp_path):
+    parts = [write_part(tmp_path, FEATURES, f"r-{n}", images(n)) for n in range(2)]
+    before = files_below(tmp_path)
+    assert settle(str(tmp_path), [], parts, "r", "zstd") == ([], parts)
+    assert settle(str(tmp_path), [], [], "r", "zstd") == ([], [])
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        # the smallest (source, index) keeps an id, in whatever order they were written
+        (
+            [(FEATURES, [("id", "b", 0), ("id", "a", 10), ("id", "a", 9), ("x", "a", 1)])],
+            [
+                (FAILURES, "a#10", "a", 10, "DuplicateKey"),
+                (FAILURES, "b#0", "b", 0, "DuplicateKey"),
+                (FEATURES, "id", "a", 9, None),
+                (FEATURES, "x", "a", 1, None),
+            ],
+        ),
+        # a file is before the records of a container of its name; it has no index
+        (
+            [(FEATURES, [("id", "a", None)]), (FEATURES, [("id", "a", 0), ("id", "b", None)])],
+            [
+                (FAILURES, "a#0", "a", 0, "DuplicateKey"),
+                (FAILURES, "b", "b", None, "DuplicateKey"),
+                (FEATURES, "id", "a", None, None),
+            ],
+        ),
+        # copies of one place, of a bundle that was tried again, are one image
+        (
+            [(FEATURES, [("id", "a", 1), ("y", "a", 2)]), (FEATURES, [("id", "a", 1)])],
+            [(FEATURES, "id", "a", 1, None), (FEATURES, "y", "a", 2, None)],
+        ),
+        # ... features before failures
+        (
+            [(FAILURES, [("id", "a", 1)]), (FEATURES, [("id", "a", 1)])],
+            [(FEATURES, "id", "a", 1, None)],
+        ),
+        # copies of a loser are one failure
+        (
+            [(FEATURES, [("id", "a", 1), ("id", "b", 2)]), (FEATURES, [("id", "b", 2)])],
+            [(FAILURES, "b#2", "b", 2, "DuplicateKey"), (FEATURES, "id", "a", 1, None)],
+        ),
+        # a failure can keep an id, and can lose one
+        (
+            [(FAILURES, [("id", "a", 1), ("z", "c", 1)]), (FEATURES, [("id", "b", 1), ("z", "b", 2)])],
+            [
+                (FAILURES, "b#1", "b", 1, "DuplicateKey"),
+                (FAILURES, "c#1", "c", 1, "DuplicateKey"),
+                (FAILURES, "id", "a", 1, "CorruptImage"),
+                (FEATURES, "z", "b", 2, None),
+            ],
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("turned", [False, True])
+def test_settle(tmp_path, parts, expected, turned):
+    files = [write_part(tmp_path, kind, f"r-{i}", rows) for i, (kind, rows) in enumerate(parts)]
+    assert settled(tmp_path, [], files[::-1] if turned else files)[1] == expected
+
+
+def test_a_duplicate_names_who_keeps_the_id_on_one_short_line(tmp_path):
+    key = "two\nlines" + "x" * 600
+    part = write_part(tmp_path, FEATURES, "r-1", [(key, "/in/" + "a" * 600, 0), (key, "b", 1)])
+    _, (_, duplicates) = settle(str(tmp_path), [], [part], "r", "zstd")
+    with open_part(str(tmp_path), duplicates.path) as reader:
+        (row,) = reader.read().to_pylist()
+        assert json.loads(reader.schema_arrow.metadata[dataset.ROW_META.encode()]) == ROWS
+    assert (row["stage"], row["error_class"], row["sha256"]) == ("read", "DuplicateKey", "0" * 64)
+    assert row["key"] == "/in/" + "a" * 600 + "#0"
+    assert row["message"].endswith("is that of b#1 too, which keeps it")
+    assert "\n" not in row["message"]
+    assert len(row["message"]) < 500
+    assert duplicates.reasons == {"read/DuplicateKey": 1}
+
+
+def test_a_file_that_loses_rows_keeps_its_row_groups(tmp_path):
+    spec = TableSpec({"embedding": 2})
+    writer = PartWriter(str(tmp_path), FEATURES, "part-r-1", spec.schema(), "zstd")
+    for group in ([("a", "s", 0), ("b", "s", 1)], [("a", "t", 2)], [("c", "s", 3), ("d", "s", 4)]):
+        rows = [
+            Features(ImageRef(*image), "0", 1, 1, {"embedding": np.zeros(2)}) for image in group
+        ]
+        writer.write(table.features_table(rows, spec, spec.schema()))
+    _, (kept, _) = settle(str(tmp_path), [], [writer.close()], "r", "zstd")
+    with open_part(str(tmp_path), kept.path) as reader:
+        assert [reader.metadata.row_group(i).num_rows for i in range(reader.num_row_groups)] == [
+            2,
+            2,
+        ]
+        assert reader.read(["key"])["key"].to_pylist() == ["a", "b", "c", "d"]
+
+
+KINDS = st.sampled_from([FEATURES, FAILURES])
+PLACES = [(source, index) for source in "ab" for index in (None, 0, 1, 2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=st.lists(st.sampled_from("xyz"), min_size=len(PLACES), max_size=len(PLACES)),
+    parts=st.lists(st.tuples(KINDS, st.booleans(), st.lists(st.sampled_from(PLACES))), max_size=5),
+)
+def test_every_image_ends_once(keys, parts):
+    """Each place ends in one row, on the side it came from; only copies are dropped."""
+    key_of = dict(zip(PLACES, keys, strict=True))
+    parts = sorted((p for p in parts if p[2]), key=lambda part: part[1])  # earlier runs' first
+    with tempfile.TemporaryDirectory() as output:
+        sides = ([], [])
+        survivors = {}  # place -> (kind, side)
+        for number, (kind, new, places) in enumerate(parts):
+            rows = [(key_of[place], *place) for place in places]
+            sides[new].append(write_part(output, kind, f"r-{number}", rows))
+            for place in places:
+                if survivors.get(place, (FAILURES,))[0] == FAILURES and (
+                    kind == FEATURES or place not in survivors
+                ):
+                    survivors[place] = (kind, new)
+        expected = ([], [])
+        order = sorted(
+            survivors, key=lambda place: (place[0], -1 if place[1] is None else place[1])
+        )
+        winners = {}
+        for place in order:
+            (source, index), (kind, new) = place, survivors[place]
+            if winners.setdefault(key_of[place], place) == place:
+                reason = "CorruptImage" if kind == FAILURES else None
+                expected[new].append((kind, key_of[place], source, index, reason))
+            else:
+                key = source if index is None else f"{source}#{index}"
+                expected[new].append((FAILURES, key, source, index, "DuplicateKey"))
+        after = settle(output, *sides, "r", "zstd")
+        for side, wanted in zip(after, expected, strict=True):
+            assert rows_of(output, [part.path for part in side]) == sorted(wanted, key=repr)
+            assert all(part.rows for part in side)
+            assert [describe_part(output, part.path) for part in side] == side
+
+
+# ---------------------------------------------------------------- publishing
+
+
+def test_the_first_commit(tmp_path):
+    parts = [
+        write_part(tmp_path, FEATURES, "r1-a", images(0, 1, 2)),
+        write_part(tmp_path, FAILURES, "r1-b", images(3)),
+    ]
+    verdict = commit(publication(tmp_path, "r1"), parts, skipped=2)
+    run = {"images": 6, "features": 3, "failures": 1, "skipped": 2}
+    assert verdict == {"status": "complete", "run": run}
+    assert read_verdict(str(tmp_path), "r1") == verdict
+    assert published(tmp_path) == [(FAILURES, *images(3)[0], "CorruptImage"), *good(0, 1, 2)]
+    manifest = read_manifest(str(tmp_path))
+    assert (manifest["format_version"], manifest["status"]) == (1, "complete")
+    assert (manifest["run_id"], manifest["options"]) == ("r1", {"a": 1})
+    assert manifest["failures_by"] == {"decode/CorruptImage": 1}
+    assert manifest["timing"] == {"seconds": 1.0}
+    assert [entry["path"] for entry in manifest["files"]] == sorted(part.path for part in parts)
+    assert (tmp_path / "_SUCCESS").read_bytes() == b""
+
+
+def test_an_empty_run_is_complete(tmp_path):
+    assert commit(publication(tmp_path, "r1"), [])["status"] == "complete"
+    assert published(tmp_path) == []
+    assert files_below(tmp_path) == ["_SUCCESS", "manifest.json"]
+
+
+def test_a_repeated_commit_changes_nothing(tmp_path):
+    run, parts = publication(tmp_path, "r1"), [write_part(tmp_path, FEATURES, "r1-a", images(0))]
+    first = commit(run, parts)
+    text = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "_SUCCESS").unlink()  # as if the worker had died before it
+    assert commit(run, parts) == first
+    assert (tmp_path / "manifest.json").read_bytes() == text
+    assert "_SUCCESS" in files_below(tmp_path)
+
+
+def test_files_of_bundles_that_were_tried_again_are_removed(tmp_path):
+    parts = [write_part(tmp_path, FEATURES, "r1-a", images(0))]
+    write_part(tmp_path, FEATURES, "r1-lost", images(0))
+    commit(publication(tmp_path, "r1"), parts)
+    assert files_below(tmp_path) == ["_SUCCESS", "features/part-r1-a.parquet", "manifest.json"]
+
+
+def first_run(output):
+    """A published run r1 of images 0 to 3, the last of them a failure."""
+    parts = [
+        write_part(output, FEATURES, "r1-a", images(0, 1, 2)),
+        write_part(output, FAILURES, "r1-b", images(3)),
+    ]
+    commit(publication(output, "r1"), parts)
+
+
+def overwriting(output, run_id="r2", replaces="r1", **changes):
+    return publication(output, run_id, if_exists="overwrite", replaces=replaces, **changes)
+
+
+def test_overwrite_deletes_what_the_old_manifest_named_and_nothing_else(tmp_path):
+    first_run(tmp_path)
+    others = ["features/mine.parquet", "features/part-of-somebody.parquet", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"mine")
+    commit(overwriting(tmp_path), [write_part(tmp_path, FEATURES, "r2-a", images(7))])
+    assert published(tmp_path) == good(7)
+    left = ["_SUCCESS", "features/part-r2-a.parquet", "manifest.json"]
+    assert files_below(tmp_path) == sorted([*left, *others])
+    superseded = ["failures/part-r1-b.parquet", "features/part-r1-a.parquet"]
+    assert read_manifest(str(tmp_path))["superseded"] == superseded
+
+
+def test_what_could_not_be_deleted_never_comes_back(tmp_path, monkeypatch):
+    first_run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("busy")))
+        with pytest.raises(OSError, match="busy"):
+            commit(overwriting(tmp_path), [write_part(tmp_path, FEATURES, "r2-a", images(0))])
+    assert len(files_below(tmp_path)) == 5
+    assert resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS, False).kept == (
+        "features/part-r2-a.parquet",
+    )
+    part = write_part(tmp_path, FEATURES, "r3-a", images(1))
+    commit(overwriting(tmp_path, "r3", "r2"), [part])
+    assert files_below(tmp_path) == ["_SUCCESS", part.path, "manifest.json"]
+
+
+@pytest.mark.parametrize("if_exists", ["error", "resume"])
+def test_another_run_has_published_meanwhile(tmp_path, if_exists):
+    mine = write_part(tmp_path, FEATURES, "r2-a", images(8))
+    write_part(tmp_path, FEATURES, "r2-lost", images(8))
+    first_run(tmp_path)
+    before = published(tmp_path)
+    run = publication(tmp_path, "r2", if_exists=if_exists)
+    for _ in range(2):
+        with pytest.raises(RunError, match="run r1 has published here since this run began"):
+            commit(run, [mine])
+        assert published(tmp_path) == before
+        assert not [name for name in files_below(tmp_path) if "r2" in name]
+    assert read_verdict(str(tmp_path), "r2") is None
+
+
+def test_a_commit_that_is_retried_after_another_overwrote_it_is_refused(tmp_path):
+    """A worker that was thought dead must not take the other's data for leftovers of its own."""
+    first_run(tmp_path)
+    mine = [write_part(tmp_path, FEATURES, "r2-a", images(8))]
+    commit(overwriting(tmp_path), mine)
+    commit(overwriting(tmp_path, "r3"), [write_part(tmp_path, FEATURES, "r3-a", images(9))])
+    with pytest.raises(RunError, match=r"features/part-r2-a.parquet of this run is gone"):
+        commit(overwriting(tmp_path), mine)
+    assert published(tmp_path) == good(9)
+
+
+# ---------------------------------------------------------------- too many failures
+
+
+@pytest.mark.parametrize(
+    ("features", "failures", "rate", "status"),
+    [
+        (9, 1, 0.1, "complete"),
+        (8, 2, 0.1, "too_many_failures"),
+        (0, 1, 1.0, "complete"),
+        (0, 1, 0.99, "too_many_failures"),
+        (5, 0, 0.0, "complete"),
+        (5, 1, 0.0, "too_many_failures"),
+    ],
+)
+def test_the_failure_rate(tmp_path, features, failures, rate, status):
+    parts = [
+        write_part(tmp_path, kind, "r1-a", images(*range(count), source=kind))
+        for kind, count in ((FEATURES, features), (FAILURES, failures))
+        if count
+    ]
+    run = publication(tmp_path, "r1", max_failure_rate=rate)
+    verdict = commit(run, parts, skipped=1000)
+    counts = {"images": features + failures + 1000, "features": features, "failures": failures}
+    assert verdict == {"status": status, "run": {**counts, "skipped": 1000}}
+    assert commit(run, parts, skipped=1000) == verdict == read_verdict(str(tmp_path), "r1")
+    assert (published(tmp_path) is not None) == (status == "complete")
+
+
+def test_a_rejected_run_leaves_its_failures_readable_and_the_old_output_as_it_was(tmp_path):
+    first_run(tmp_path)
+    before, names = published(tmp_path), files_below(tmp_path)
+    parts = [
+        write_part(tmp_path, FEATURES, "r2-a", images(5)),
+        write_part(tmp_path, FAILURES, "r2-b", images(6, 7)),
+    ]
+    write_part(tmp_path, FEATURES, "r2-lost", images(5))
+    run = overwriting(tmp_path)
+    assert commit(run, parts)["status"] == "too_many_failures"
+    assert published(tmp_path) == before
+    folder = "_failed/r2"
+    left = [f"{folder}/failures/part-r2-b.parquet", f"{folder}/verdict.json"]
+    assert files_below(tmp_path) == sorted([*names, *left])
+    kept = rows_of(tmp_path / folder, [parts[1].path])
+    assert [row[1] for row in kept] == ["/in/a#6", "/in/a#7"]
+    again = resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS, False)
+    assert not any("_failed" in path for path in again.retired)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def resumed(output, rows=ROWS, retry=False):
+    return resume(str(output), read_manifest(str(output)), rows, retry)
+
+
+def places(images):
+    return b"".join(place_digest(source, index) for _, source, index in images)
+
+
+def test_resuming_nothing(tmp_path):
+    assert resume(str(tmp_path / "new"), None, ROWS, False) == dataset.Resumed()
+
+
+def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
+    first_run(tmp_path)
+    write_part(tmp_path, FEATURES, "r2-a", images(4))  # r2 was killed before its commit
+    torn = tmp_path / "features" / "part-r2-torn.parquet"
+    torn.write_bytes((tmp_path / "features/part-r2-a.parquet").read_bytes()[:-9])
+    (tmp_path / "features" / ".tmp-1-part-r2-c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "_run-r2").mkdir()
+    (tmp_path / "_run-r2" / "finished").write_bytes(b"")
+    (tmp_path / "mine" / "features").mkdir(parents=True)
+    (tmp_path / "mine" / "features" / "part-1.parquet").write_bytes(b"not yours")
+    found = resumed(tmp_path)
+    assert found.kept == (
+        "failures/part-r1-b.parquet",
+        "features/part-r1-a.parquet",
+        "features/part-r2-a.parquet",
+    )
+    assert found.retired == (
+        "_run-r2/finished",
+        "features/.tmp-1-part-r2-c.parquet",
+        "features/part-r2-torn.parquet",
+    )
+    assert found.digests == places(images(3)) + places(images(0, 1, 2)) + places(images(4))
+    run = publication(
+        tmp_path, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    verdict = commit(run, [write_part(tmp_path, FEATURES, "r3-a", images(5, 6))], skipped=5)
+    assert verdict["run"] == {"images": 7, "features": 2, "failures": 0, "skipped": 5}
+    assert published(tmp_path) == [
+        (FAILURES, *images(3)[0], "CorruptImage"),
+        *good(0, 1, 2, 4, 5, 6),
+    ]
+    left = ["_SUCCESS", "features/part-r3-a.parquet", "manifest.json"]
+    assert files_below(tmp_path) == sorted([*left, *found.kept, "mine/features/part-1.parquet"])
+
+
+def test_failures_that_are_tried_again_are_replaced(tmp_path):
+    first_run(tmp_path)
+    found = resumed(tmp_path, retry=True)
+    assert found.kept == ("features/part-r1-a.parquet",)
+    assert found.digests == places(images(0, 1, 2))
+    run = publication(
+        tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    verdict = commit(run, [write_part(tmp_path, FEATURES, "r2-a", images(3))], skipped=3)
+    assert verdict["run"] == {"images": 4, "features": 1, "failures": 0, "skipped": 3}
+    assert published(tmp_path) == good(0, 1, 2, 3)
+
+
+def test_an_id_that_a_later_run_brings_again_is_settled_with_the_earlier_rows(tmp_path):
+    earlier = write_part(tmp_path, FEATURES, "r1-a", [("x", "b", 0), ("y", "b", 1)])
+    commit(publication(tmp_path, "r1"), [earlier])
+    found = resumed(tmp_path)
+    fresh = write_part(tmp_path, FEATURES, "r2-a", [("x", "a", 0), ("y", "c", 0), ("z", "c", 1)])
+    run = publication(tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept)
+    verdict = commit(run, [fresh], skipped=2)
+    # of this run: x, z, and c#0 which lost y; the earlier b#0, which lost x, was counted then
+    assert verdict["run"] == {"images": 5, "features": 2, "failures": 1, "skipped": 2}
+    assert published(tmp_path) == [
+        (FAILURES, "b#0", "b", 0, "DuplicateKey"),
+        (FAILURES, "c#0", "c", 0, "DuplicateKey"),
+        (FEATURES, "x", "a", 0, None),
+        (FEATURES, "y", "b", 1, None),
+        (FEATURES, "z", "c", 1, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [({**ROWS, "model": "m2"}, r"another model \(\"m1\", now \"m2\"\)"), ({**ROWS, "x": 1}, "x")],
+)
+def test_other_options_are_refused_naming_the_difference(tmp_path, rows, named):
+    write_part(tmp_path, FEATURES, "r0-a", images(9))
+    with pytest.raises(RequestError, match=f"made with another .*{named}|{named}"):
+        resumed(tmp_path, rows)  # nothing is published yet: the work of hours, perhaps
+    first_run(tmp_path)
+    with pytest.raises(RequestError, match="--if_exists resume") as caught:
+        resumed(tmp_path, rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_killed_run_of_other_options_does_not_lock_a_published_output(tmp_path):
+    first_run(tmp_path)
+    write_part(tmp_path, FEATURES, "r2-a", images(9), {**ROWS, "model": "m2"})
+    found = resumed(tmp_path)
+    assert found.retired == ("features/part-r2-a.parquet",)
+    assert "features/part-r2-a.parquet" not in found.kept
+
+
+@pytest.mark.parametrize("harm", ["missing", "torn"])
+def test_a_published_file_that_is_lost_is_refused(tmp_path, harm):
+    first_run(tmp_path)
+    path = tmp_path / "features" / "part-r1-a.parquet"
+    path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RequestError, match=r"part-r1-a.parquet is named by the manifest and miss"):
+        resumed(tmp_path)
+
+
+def test_a_published_file_that_has_changed_is_not_vouched_for(tmp_path):
+    first_run(tmp_path)
+    found = resumed(tmp_path)
+    path = tmp_path / "features" / "part-r1-a.parquet"
+    data = bytearray(path.read_bytes())
+    one = np.ones(2, np.float32).tobytes()
+    at = data.find(one)  # zstd leaves so few bytes as they are, else any byte of the page will do
+    data[at if at > 0 else len(data) // 3] ^= 1
+    path.write_bytes(data)
+    run = publication(tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept)
+    with pytest.raises((RunError, OSError)):
+        commit(run, [])
+    assert read_manifest(str(tmp_path))["run_id"] == "r1"
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1PAR1", bytes(500), b"x" * 500])
+def test_files_that_are_no_parquet_are_not_whole(tmp_path, data):
+    part = write_part(tmp_path, FEATURES, "r1-a", images(0))
+    (tmp_path / "features" / "part-r1-b.parquet").write_bytes(data)
+    assert list(whole_parts(str(tmp_path))) == [part.path]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not a manifest"),
+        ("[]", "not a manifest"),
+        ("null", "not a manifest"),
+        ('{"name": "a web app"}', "not a manifest"),
+        ('{"format_version": "1"}', "not a manifest"),
+        ('{"format_version": 2}', "format_version 2 is newer than 1"),
+    ],
+)
+def test_manifests_that_cannot_be_used(tmp_path, text, said):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(RequestError, match=said) as caught:
+        read_manifest(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- killed at every step
+
+
+def plan_first(output):
+    """A first run with an id that stands twice, and a copy."""
+    parts = [
+        write_part(output, FEATURES, "r2-a", [*images(0, 1), ("id", "/in/b", 0)]),
+        write_part(output, FEATURES, "r2-b", [("id", "/in/c", 0), *images(1)]),
+    ]
+    return publication(output, "r2"), parts, 0
+
+
+def plan_overwrite(output):
+    first_run(output)
+    _, parts, _ = plan_first(output)
+    return overwriting(output), parts, 0
+
+
+def plan_resume(output):
+    """A resumed run that finds a killed one's files, and brings an id again."""
+    first_run(output)
+    write_part(output, FEATURES, "r0-a", [("id", "/in/b", 7)])
+    (output / "features" / "part-r0-torn.parquet").write_bytes(b"PAR1")
+    found = resumed(output)
+    run = publication(
+        output, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    return run, [write_part(output, FEATURES, "r2-a", [("id", "/in/b", 0), *images(5)])], 5
+
+
+def plan_reject(output):
+    first_run(output)
+    run, parts, _ = plan_first(output)
+    run = overwriting(output, max_failure_rate=0.1)
+    return run, [*parts, write_part(output, FAILURES, "r2-c", images(8, 9))], 0
+
+
+class Kill(BaseException):
+    """The process is gone."""
+
+
+class Disk:
+    """Counts renames and deletions, looks at each state, and dies before the one numbered `at`."""
+
+    def __init__(self, monkeypatch, look, at=None):
+        self.count = 0
+        self.look, self.at = look, at
+        for owner, name in ((os, "replace"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, self.step(getattr(owner, name)))
+
+    def step(self, function):
+        def stepped(*args, **kwargs):
+            if self.at is not None and self.count >= self.at:
+                raise Kill
+            self.count += 1
+            result = function(*args, **kwargs)
+            self.look()
+            return result
+
+        return stepped
+
+
+@pytest.mark.parametrize("plan", [plan_first, plan_overwrite, plan_resume, plan_reject])
+def test_a_commit_that_is_killed_anywhere(tmp_path, monkeypatch, plan):
+    """At every instant a reader sees the whole old or the whole new output; a retry completes."""
+    calm = tmp_path / "calm"
+    run, parts, skipped = plan(calm)
+    old, seen = published(calm), []
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, lambda: seen.append(published(calm)))
+        verdict = commit(run, parts, skipped)
+    new = published(calm)
+    assert disk.count > 5
+    assert (new == old) == (plan is plan_reject)
+    assert [rows for rows in seen if rows not in (old, new)] == []
+    for at in range(disk.count):
+        output = tmp_path / f"killed-{at}"
+        run, parts, skipped = plan(output)
+        with monkeypatch.context() as patch:
+            Disk(patch, lambda: None, at)
+            with pytest.raises(Kill):
+                commit(run, parts, skipped)
+        assert published(output) in (old, new)
+        assert commit(run, parts, skipped) == verdict
+        assert published(output) == new
+        names = [name for name in files_below(output) if ".tmp-" not in name]
+        assert names == files_below(calm)
+
+
+@pytest.mark.parametrize("plan", [plan_first, plan_resume])
+def test_a_run_that_is_killed_in_its_commit_can_be_resumed(tmp_path, monkeypatch, plan):
+    """Another run takes over what the killed one had written; nothing is lost or stands twice."""
+    calm = tmp_path / "calm"
+    run, parts, skipped = plan(calm)
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, lambda: None)
+        commit(run, parts, skipped)
+    new = published(calm)
+    for at in range(disk.count):
+        output = tmp_path / f"killed-{at}"
+        run, parts, skipped = plan(output)
+        with monkeypatch.context() as patch:
+            Disk(patch, lambda: None, at)
+            with pytest.raises(Kill):
+                commit(run, parts, skipped)
+        found = resumed(output)
+        manifest = read_manifest(str(output))
+        replaces = manifest["run_id"] if manifest else None
+        again = publication(
+            output, "r9", if_exists="resume", replaces=replaces, kept=found.kept,
+            retired=found.retired,
+        )  # fmt: skip
+        verdict = commit(again, [], len(new))
+        assert verdict["run"] == {
+            "images": len(new), "features": 0, "failures": 0, "skipped": len(new),
+        }  # fmt: skip
+        assert published(output) == new
+        named = {entry["path"] for entry in read_manifest(str(output))["files"]}
+        assert set(files_below(output)) == named | {"_SUCCESS", "manifest.json"}

@@ -1,0 +1,388 @@
+"""Files by path or URI: what a pattern lists, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+
+import pytest
+
+from storage import files
+from storage.errors import RequestError
+from storage.files import FileInfo, NewFile
+
+
+def tree(folder, *names):
+    """Files of one byte each, with the folders that they need."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return folder
+
+
+def found(folder, pattern=""):
+    """What `pattern` below `folder` lists, relative to it."""
+    infos = list(files.find(f"{folder}/{pattern}" if pattern else str(folder)))
+    return [os.path.relpath(info.path, folder) for info in infos]
+
+
+def all_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("path", "remote"),
+    [
+        ("/d/a.jpg", False),
+        ("a b.jpg", False),
+        ("C:x", False),
+        ("gs://b/o", True),
+        ("s3://b/o", True),
+        ("GS://b/o", True),
+    ],
+)
+def test_which_paths_are_remote(path, remote):
+    assert files.is_remote(path) is remote
+
+
+@pytest.mark.parametrize("uri", ["hdfs://n/x", "http://h/x", "ftp://h/x", "a+b://x"])
+def test_a_scheme_that_we_cannot_read_is_a_wrong_request(uri):
+    with pytest.raises(RequestError, match="no filesystem for"):
+        files.is_remote(uri)
+
+
+def test_absolute_is_what_rows_and_manifests_show(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert files.absolute("a/../b.jpg") == f"{tmp_path}/b.jpg"
+    assert files.absolute("file:///d/a%20b.jpg") == "/d/a%20b.jpg"
+    assert files.absolute("~/x") == "/home/someone/x"
+    assert files.absolute("gs://b/a b/../c") == "gs://b/a b/../c"
+
+
+def test_join_takes_paths_and_uris_with_or_without_a_slash():
+    assert files.join("/d/", "a", "b") == "/d/a/b"
+    assert files.join("gs://b", "a") == files.join("gs://b/", "a") == "gs://b/a"
+
+
+# ---------------------------------------------------------------- find
+
+
+NAMES = ["a.jpg", "b.txt", "c", ".hidden.jpg", "_SUCCESS", "sub/d.jpg", "sub/_x", "sub/.y", "z/e"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("", ["a.jpg", "b.txt", "c", "sub/d.jpg", "z/e"]),
+        ("sub", ["sub/d.jpg"]),
+        ("sub/", ["sub/d.jpg"]),
+        ("a.jpg", ["a.jpg"]),
+        (".hidden.jpg", [".hidden.jpg"]),  # named in full, it is meant
+        ("_SUCCESS", ["_SUCCESS"]),
+        ("*.jpg", ["a.jpg"]),
+        ("s*", ["sub/d.jpg"]),
+        ("[ab].*", ["a.jpg", "b.txt"]),
+        ("?", ["c", "z/e"]),
+        ("**/*.jpg", ["a.jpg", "sub/d.jpg"]),
+        ("nothing", []),
+        ("*.png", []),
+    ],
+)
+def test_find(tmp_path, pattern, expected):
+    assert found(tree(tmp_path, *NAMES), pattern) == expected
+
+
+def test_find_lists_a_file_once_that_a_glob_matches_twice(tmp_path):
+    tree(tmp_path, *NAMES)
+    twice = found(tmp_path, "**")  # the folder itself, and what is in it
+    assert len(twice) == len(set(twice))
+    assert {"a.jpg", "sub/d.jpg", "z/e"} <= set(twice)
+
+
+def test_find_takes_a_name_with_brackets_as_it_is_when_it_is_there(tmp_path):
+    tree(tmp_path, "a[1].jpg", "a1.jpg", "d[x]/b.jpg", "dx/c.jpg")
+    assert found(tmp_path, "a[1].jpg") == ["a[1].jpg"]
+    assert found(tmp_path, "d[x]") == ["d[x]/b.jpg"]
+    (tmp_path / "a[1].jpg").unlink()
+    assert found(tmp_path, "a[1].jpg") == ["a1.jpg"]
+
+
+def test_find_tells_sizes_and_absolute_paths(tmp_path, monkeypatch):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "seven").write_bytes(b"1234567")
+    monkeypatch.chdir(tmp_path)
+    assert list(files.find(".")) == [
+        FileInfo(f"{tmp_path}/empty", 0),
+        FileInfo(f"{tmp_path}/seven", 7),
+    ]
+
+
+def test_find_follows_links_but_not_in_a_ring(tmp_path):
+    inside = tree(tmp_path / "in", "a.jpg", "sub/b.jpg")
+    outside = tree(tmp_path / "other", "c.jpg")
+    (inside / "sub" / "ring").symlink_to(inside)
+    (inside / "link").symlink_to(outside)
+    (inside / "gone").symlink_to(tmp_path / "nothing")
+    assert found(inside) == ["a.jpg", "link/c.jpg", "sub/b.jpg"]
+
+
+def test_find_passes_over_what_is_no_regular_file(tmp_path):
+    tree(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "pipe")
+    assert found(tmp_path) == ["a.jpg"]
+    assert found(tmp_path, "pipe") == []
+
+
+def test_find_takes_names_that_are_no_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
+        pass
+    assert found(tmp_path) == ["caf\udce9.jpg"]
+
+
+def test_find_raises_where_a_folder_below_refuses(tmp_path, monkeypatch):
+    tree(tmp_path, "a.jpg", "locked/b.jpg")  # a real chmod does not stop root
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        found(tmp_path)
+
+
+# ---------------------------------------------------------------- a store of objects
+
+
+class Store:
+    """Beam's FileSystems over a dictionary, as far as storage.files uses it."""
+
+    def __init__(self, objects=()):
+        self.objects = dict.fromkeys(objects, b"x")
+        self.broken = False
+
+    def match(self, patterns, limits=None):
+        from apache_beam.io.filesystem import BeamIOError, FileMetadata, FileSystem, MatchResult
+
+        if self.broken:
+            raise BeamIOError("Match operation failed", {patterns[0]: "403"})
+        wanted = re.compile(FileSystem.translate_pattern(patterns[0]))
+        hits = [FileMetadata(p, len(d)) for p, d in self.objects.items() if wanted.match(p)]
+        return [MatchResult(patterns[0], hits[: limits[0]] if limits else hits)]
+
+    def create(self, path, mime_type, compression_type):
+        store = self
+
+        class Upload(io.BytesIO):
+            def close(self):
+                if not self.closed:
+                    store.objects[path] = self.getvalue()
+                super().close()
+
+        if self.broken:
+            raise OSError("503")
+        return Upload()
+
+    def open(self, path, mime_type, compression_type):
+        return io.BytesIO(self.objects[path])
+
+    def exists(self, path):
+        return path in self.objects
+
+    def delete(self, paths):
+        for path in paths:
+            del self.objects[path]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    fake = Store(["gs://b/d/a.jpg", "gs://b/d/_x", "gs://b/d/sub/c.jpg", "gs://b/d2/e.jpg"])
+    monkeypatch.setattr(files, "_beam", lambda: fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("gs://b/d", ["gs://b/d/a.jpg", "gs://b/d/sub/c.jpg"]),
+        ("gs://b/d/", ["gs://b/d/a.jpg", "gs://b/d/sub/c.jpg"]),
+        ("gs://b/d/a.jpg", ["gs://b/d/a.jpg"]),
+        ("gs://b/d/_x", ["gs://b/d/_x"]),
+        ("gs://b/d/*.jpg", ["gs://b/d/a.jpg"]),
+        ("gs://b/nothing", []),
+    ],
+)
+def test_find_in_a_store(store, pattern, expected):
+    assert [info.path for info in files.find(pattern)] == expected
+
+
+def test_a_store_that_refuses_to_list_is_an_oserror(store):
+    store.broken = True
+    with pytest.raises(OSError, match="cannot be listed"):
+        list(files.find("gs://b/d"))
+
+
+def test_a_file_in_a_store_appears_on_close_alone(store):
+    aborted, whole = NewFile("gs://b/x"), NewFile("gs://b/y")
+    aborted.write(b"half")
+    aborted.abort()
+    whole.write(b"all")
+    assert "gs://b/y" not in store.objects
+    whole.close()
+    assert store.objects["gs://b/y"] == b"all"
+    assert "gs://b/x" not in store.objects
+    assert files.read_bytes("gs://b/y") == b"all"
+    files.delete(["gs://b/y", "gs://b/y-gone"])
+    assert "gs://b/y" not in store.objects
+
+
+def test_check_writable_of_a_store(store):
+    before = dict(store.objects)
+    files.check_writable("gs://b/out")
+    assert store.objects == before
+    store.broken = True
+    with pytest.raises(RequestError, match=r"--output gs://b/out: cannot be written \(503\)"):
+        files.check_writable("gs://b/out")
+
+
+def test_occupied_of_a_store(store):
+    assert files.occupied("gs://b/d/sub/")
+    assert not files.occupied("gs://b/free")
+
+
+# ---------------------------------------------------------------- new files
+
+
+def test_a_new_file_appears_whole_when_it_is_closed(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    file = NewFile(str(path))
+    assert file.write(b"abc") == 3
+    assert file.write(memoryview(b"defg").cast("B")) == 4
+    assert not path.exists()
+    assert list(files.find(str(path.parent))) == []  # the temporary is no input
+    file.close()
+    assert path.read_bytes() == b"abcdefg"
+    assert (file.size, file.sha256) == (7, hashlib.sha256(b"abcdefg").hexdigest())
+    assert all_below(path.parent) == ["a.bin"]
+    file.close()  # twice is once
+    file.abort()  # and what has appeared stays
+    assert path.read_bytes() == b"abcdefg"
+
+
+def test_an_aborted_file_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    file = NewFile(str(path))
+    file.write(b"new")
+    file.abort()
+    file.close()
+    assert path.read_bytes() == b"old"
+    assert all_below(tmp_path) == ["a.bin"]
+    assert file.closed
+
+
+@pytest.mark.parametrize("step", ["replace", "flush"])
+def test_a_file_whose_close_fails_does_not_appear(tmp_path, monkeypatch, step):
+    file = NewFile(str(tmp_path / "a.bin"))
+    file.write(b"new")
+    if step == "replace":
+        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    else:
+        os.close(file._handle.fileno())  # as a full disk: the buffered bytes are refused
+    with pytest.raises(OSError, match=r"no|Bad file"):
+        file.close()
+    assert all_below(tmp_path) == []
+    assert not NewFile._open
+
+
+def test_abandon_all_removes_the_unfinished(tmp_path):
+    done, open_file = NewFile(str(tmp_path / "done")), NewFile(str(tmp_path / "open"))
+    done.close()
+    open_file.write(b"half")
+    assert len(all_below(tmp_path)) == 2
+    NewFile.abandon_all()
+    assert all_below(tmp_path) == ["done"]
+    open_file.abort()
+
+
+def test_write_bytes_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "m.json"
+    files.write_bytes(str(path), b"one")
+    files.write_bytes(str(path), b"two")
+    assert path.read_bytes() == b"two"
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        files.write_bytes(str(path), b"three")
+    assert path.read_bytes() == b"two"
+    assert all_below(tmp_path) == ["m.json"]
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_delete_takes_what_is_there_and_minds_nothing_else(tmp_path):
+    tree(tmp_path, "a", "b", "c")
+    files.delete([f"{tmp_path}/{name}" for name in ("a", "a", "b", "gone", "no/folder")])
+    assert all_below(tmp_path) == ["c"]
+
+
+def test_occupied(tmp_path):
+    assert not files.occupied(str(tmp_path / "free"))
+    assert not files.occupied(str(tmp_path))
+    tree(tmp_path, ".x")
+    assert files.occupied(str(tmp_path))
+    assert files.occupied(str(tmp_path / ".x"))
+
+
+def test_list_folder_shows_hidden_files_too(tmp_path):
+    tree(tmp_path, "a", "sub/.tmp-1", "sub/deep/b")
+    listed = files.list_folder(str(tmp_path))
+    assert listed == [FileInfo(f"{tmp_path}/{n}", 1) for n in ("a", "sub/.tmp-1", "sub/deep/b")]
+    assert files.list_folder(str(tmp_path / "nothing")) == []
+
+
+def test_check_writable_leaves_no_trace(tmp_path):
+    tree(tmp_path, "there/a")
+    for folder in ("there", "new", "new/and/deeper"):
+        files.check_writable(str(tmp_path / folder))
+    assert all_below(tmp_path) == ["there", "there/a"]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "file/far/below", "new/" + "x" * 300])
+def test_check_writable_refuses_and_leaves_no_trace(tmp_path, folder):
+    tree(tmp_path, "file")
+    with pytest.raises(RequestError, match="cannot be written") as caught:
+        files.check_writable(str(tmp_path / folder))
+    assert "\n" not in str(caught.value)
+    assert all_below(tmp_path) == ["file"]
+
+
+def test_check_writable_refuses_where_writing_fails(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    with pytest.raises(RequestError, match="No space left"):
+        files.check_writable(str(tmp_path / "new"))
+    assert all_below(tmp_path) == []
+
+
+def test_check_writable_leaves_a_folder_that_another_run_has_begun_to_use(tmp_path, monkeypatch):
+    write = files.write_bytes
+
+    def write_and_meet(path, data):
+        write(path, data)
+        tree(tmp_path, "out/of/another/run")
+
+    monkeypatch.setattr(files, "write_bytes", write_and_meet)
+    files.check_writable(str(tmp_path / "out" / "mine"))
+    assert all_below(tmp_path) == ["out", "out/of", "out/of/another", "out/of/another/run"]

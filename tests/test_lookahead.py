@@ -1,0 +1,91 @@
+"""Threads that work ahead: order, bounds, and where an exception comes out."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from transforms.lookahead import Lookahead, cpu_threads, io_threads, map_ahead
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def test_results_come_in_order_however_long_each_takes(threads):
+    gates = [threading.Event() for _ in range(8)]
+
+    def work(n):
+        if n + 1 < len(gates):
+            gates[n + 1].wait(5)  # each waits for its successor of the same four
+        gates[n].set()
+        return n * n
+
+    for first in (3, 7):
+        gates[first].set()
+    assert list(map_ahead(work, range(8), threads, 4)) == [n * n for n in range(8)]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 100])
+def test_at_most_depth_items_are_held(threads, depth):
+    ahead = Lookahead(str, threads, depth)
+    given = []
+    for n in range(10):
+        given += ahead.push(n)
+        assert len(ahead._pending) == min(n + 1, depth)
+        assert len(given) == max(0, n + 1 - depth)
+    assert [*given, *ahead.drain()] == [str(n) for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "held"),
+    [
+        ([4, 4, 4, 4], [1, 2, 2, 2]),
+        ([11, 1, 1, 11], [1, 1, 2, 1]),  # one that is too heavy alone is still worked on
+        ([0, 0, 0, 0], [1, 2, 3, 4]),
+    ],
+)
+def test_bytes_bound_what_is_held(threads, weights, held):
+    ahead = Lookahead(lambda n: n, threads, 100, weigh=lambda n: n, max_bytes=10)
+    counts = []
+    for weight in weights:
+        list(ahead.push(weight))
+        counts.append(len(ahead._pending))
+    assert counts == held
+    list(ahead.drain())
+    assert ahead._bytes == 0
+
+
+def test_map_ahead_heeds_bytes_too(threads):
+    begun = []
+    results = map_ahead(begun.append, [40 << 20] * 5, threads, 100, weigh=lambda n: n)
+    next(results)
+    assert len(begun) <= 2
+
+
+def test_an_exception_comes_where_its_result_is_due(threads):
+    ahead = Lookahead(lambda n: 12 // n, threads, 2)
+    assert list(ahead.push(3)) == []
+    assert list(ahead.push(0)) == []
+    assert list(ahead.push(4)) == [4]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead.push(6))
+    assert list(ahead.drain()) == [3, 2]
+
+
+def test_drain_leaves_nothing(threads):
+    ahead = Lookahead(str, threads, 5)
+    list(ahead.push(1))
+    assert list(ahead.drain()) == ["1"]
+    assert list(ahead.drain()) == []
+    assert list(map_ahead(str, [], threads, 3)) == []
+
+
+def test_a_process_has_one_pool_of_each_kind():
+    assert cpu_threads() is cpu_threads()
+    assert io_threads() is io_threads()
+    assert cpu_threads() is not io_threads()
