@@ -74,7 +74,11 @@ class PartWriter:
     def __init__(self, output: str, kind: str, name: str, schema: pa.Schema, compression: str):
         self.path = f"{kind}/{name}.parquet"
         self._file = files.NewFile(files.join(output, self.path))
-        self._writer = table.parquet_writer(self._file, schema, compression)  # type: ignore[arg-type]
+        try:
+            self._writer = table.parquet_writer(self._file, schema, compression)  # type: ignore[arg-type]
+        except BaseException:  # it has begun to write
+            self._file.abort()
+            raise
         self._keys: list[bytes] = []
         self._reasons: Counter[str] = Counter()
 
@@ -115,6 +119,7 @@ class PartWriter:
 
     def abort(self) -> None:
         """Drop what was written."""
+        self._writer.is_open = False  # else its finalizer would write on
         self._file.abort()
 
 

@@ -1,29 +1,32 @@
-"""A model directory of either hub format as one checked, frozen function: pixels -> vectors.
+"""Any handle -> one checked function, pixels -> vectors; and a model prepared once for loading so.
 
-What a module holds is found by looking: format by its files, outputs by its signatures, the image
-size by the input's shape. Embedding and logits come from one forward pass.
+A prepared model is a folder with `graph.pb`, the frozen and folded graph that takes uint8 pixels,
+and `prepared.json`, what is known of it. Its weights are float32, for every precision.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import os
+import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from models.handles import HUB_V1, model_format
-from models.runtime import GPUS, convert_variables_to_constants_v2, tf
-from storage.errors import RequestError
+from models.fingerprint import fingerprint
+from models.folding import fold_batch_norms
+from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze, read_proto
+from models.handles import PREPARED, PREPARED_FILE, model_format, resolve
+from models.runtime import GPUS, tf
+from models.safety import check_graph, unsafe_ops, unsafe_types
+from storage import files
 
-EMBEDDING, LOGITS = "embedding", "logits"
-
-
-class ModelError(RequestError):
-    """The model cannot be used as asked."""
+PREPARED_VERSION = 1
+_GRAPH_FILE = "graph.pb"
+_PIXELS = "pixels"
 
 
 class OutOfMemory(RuntimeError):
@@ -32,35 +35,31 @@ class OutOfMemory(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class LoadSpec:
-    """What to load: a local model `directory`, and the `outputs` to compute (() for all)."""
+    """What to load: a model's `handle` (see `handles.resolve`), and which `outputs`, () for all."""
 
-    directory: str
+    handle: str
     outputs: tuple[str, ...] = ()
+    sha256: str | None = None
+    hints: Hints = field(default_factory=Hints)
+    allow_unsafe_ops: bool = False
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """What is known of a loaded model.
 
-    `image_size`: side of the input in pixels. `outputs`: "embedding" and "logits" to width, those
-    that the model has. `fingerprint`: SHA-256 of graph and weights, whatever their path or time.
+    `format`: "saved_model", "hub_v1" or "prepared". `image_size`: side of the input in pixels.
+    `value_range`: of the pixels that the network takes. `outputs`: "embedding" and "logits" to
+    width, those that the model has. `fingerprint`: SHA-256 of graph and weights, whatever their
+    path or time; that of a prepared model is its origin's.
     """
 
     format: str
     image_size: int
+    value_range: tuple[float, float]
     outputs: Mapping[str, int]
     signatures: tuple[str, ...]
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """A graph without variables: `inputs` take float32 [N, S, S, 3] in [0, 1], all the same."""
-
-    graph: tf.compat.v1.GraphDef
-    inputs: tuple[str, ...]
-    outputs: Mapping[str, str]
-    shape: tuple[int | None, ...]
 
 
 class LoadedModel:
@@ -95,33 +94,43 @@ _loading = threading.Lock()
 
 
 def load(spec: LoadSpec) -> LoadedModel:
-    """The model of `spec`, loaded once a process. Raises ModelError where it cannot be used."""
+    """The model of `spec`, loaded once a process. Raises RequestError where it cannot be used."""
     with _loading:
         if spec not in _loaded:
-            _loaded[spec] = _load(spec)
+            info, graph = _assembled(spec)
+            _loaded[spec] = LoadedModel(info, _function(graph, spec.outputs or tuple(info.outputs)))
         return _loaded[spec]
 
 
-def _load(spec: LoadSpec) -> LoadedModel:
-    kind = model_format(spec.directory)
-    try:
-        frozen, signatures = _freeze(spec.directory, kind)
-    except (OSError, tf.errors.OpError, ValueError, KeyError) as error:
-        if isinstance(error, RequestError):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"--model {spec.directory}: cannot be loaded ({reason})") from error
-    side = _image_side(spec.directory, frozen.shape)
-    widths = _widths(frozen)
-    missing = [name for name in spec.outputs if name not in widths]
-    if missing:
-        raise ModelError(
-            f"--outputs {','.join(missing)}: the model at {spec.directory} has only "
-            f"{', '.join(widths)}"
-        )
-    info = ModelInfo(kind, side, widths, signatures, _fingerprint(frozen))
-    wanted = {name: frozen.outputs[name] for name in spec.outputs or tuple(widths)}
-    return LoadedModel(info, _uint8_function(replace(frozen, outputs=wanted), side))
+def prepare(spec: LoadSpec, output: str) -> ModelInfo:
+    """Write the model of `spec` to the folder `output`, prepared; returns what is known of it.
+
+    `output` may be gs:// or s3://; the description, by which a folder is known as a model, is
+    written last. Raises RequestError where the model cannot be used.
+    """
+    info, graph = _assembled(spec)
+    data = graph.SerializeToString(deterministic=True)
+    described = {
+        "prepared_version": PREPARED_VERSION,
+        **dataclasses.asdict(info),
+        "graph_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    files.write_bytes(files.join(output, _GRAPH_FILE), data)
+    text = json.dumps(described, indent=1)
+    files.write_bytes(files.join(output, PREPARED_FILE), text.encode())
+    return info
+
+
+def look(spec: LoadSpec) -> dict[str, Any]:
+    """What is known of the model of `spec`, as JSON holds it. Raises RequestError."""
+    return dataclasses.asdict(_assembled(spec)[0])
+
+
+def unsafe_operations(directory: str) -> list[str]:
+    """The operations of the model at `directory` that reach files or the network; runs nothing."""
+    if model_format(directory) == PREPARED:
+        return unsafe_types(_read_prepared(directory)[1])
+    return unsafe_ops(read_proto(directory))
 
 
 def default_batch_size() -> int:
@@ -129,213 +138,100 @@ def default_batch_size() -> int:
     return 256 if GPUS else 32
 
 
-# --- finding and freezing ----------------------------------------------------------------------
-
-
-def _freeze(directory: str, kind: str) -> tuple[_Frozen, tuple[str, ...]]:
-    if kind == HUB_V1:
-        return _freeze_hub_v1(directory)
-    loaded = tf.saved_model.load(directory)
-    signatures = tuple(sorted(loaded.signatures))
-    function = _entry(directory, loaded)
-    frozen = convert_variables_to_constants_v2(function)
-    tensors = {t.name: t for t in frozen.outputs}
-    named = dict(zip(_output_names(function), frozen.outputs, strict=True))
-    matrices = {name: t for name, t in named.items() if t.shape.rank == 2}
-    if not matrices:
-        shapes = ", ".join(f"{name} {t.shape}" for name, t in named.items())
-        raise ModelError(f"--model {directory}: no output is a vector an image ({shapes})")
-    outputs = _roles(directory, frozen.graph, matrices)
-    assert len(tensors) == len(frozen.outputs)
-    (image,) = frozen.inputs
-    return (
-        _Frozen(frozen.graph.as_graph_def(), (image.name,), outputs, tuple(image.shape)),
-        signatures,
-    )
-
-
-def _entry(directory: str, loaded: Any) -> Any:
-    """The inference function of a TF2 SavedModel: its signature, or the object called."""
-    signatures = loaded.signatures
-    if "serving_default" in signatures or len(signatures) == 1:
-        function = signatures.get("serving_default") or next(iter(signatures.values()))
-    elif callable(loaded):
-        traces = loaded.__call__.concrete_functions
-        shape = next(t for t in traces[0].inputs if t.dtype != tf.resource).shape
-        return tf.function(lambda images: loaded(images)).get_concrete_function(
-            tf.TensorSpec(shape, tf.float32)
-        )
+def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Any]:
+    """What is known of the model, and its graph from uint8 `pixels` to its outputs by name."""
+    directory = resolve(spec.handle, spec.sha256)
+    if model_format(directory) == PREPARED:
+        info, graph = _read_prepared(directory)
+        check_graph(directory, graph, spec.allow_unsafe_ops)
     else:
-        raise ModelError(f"--model {directory}: neither a serving signature nor callable")
-    images = [t for t in function.inputs if t.dtype != tf.resource]
-    if len(images) != 1 or images[0].dtype != tf.float32 or images[0].shape.rank != 4:
-        given = ", ".join(f"{t.dtype.name} {t.shape}" for t in images)
-        raise ModelError(
-            f"--model {directory}: takes {given}, but an image model takes one batch of pictures, "
-            "float32 [N, height, width, 3]"
+        frozen = freeze(directory, spec.hints, spec.allow_unsafe_ops)
+        check_graph(directory, frozen.graph, spec.allow_unsafe_ops)
+        info = ModelInfo(
+            frozen.format,
+            frozen.image_size,
+            frozen.value_range,
+            dict(frozen.widths),
+            frozen.signatures,
+            fingerprint(frozen.graph, frozen.outputs),
         )
-    return function
-
-
-def _output_names(function: Any) -> list[str]:
-    structured = function.structured_outputs
-    if isinstance(structured, dict):
-        return sorted(structured)  # the order in which a function's outputs are flattened
-    return ["default"] if len(function.outputs) == 1 else [t.name for t in function.outputs]
-
-
-def _roles(directory: str, graph: tf.Graph, matrices: Mapping[str, tf.Tensor]) -> dict[str, str]:
-    """Which tensor is the embedding and which the logits.
-
-    Where names do not tell: a matrix that a last dense layer makes is logits, and what goes into
-    that layer is the embedding; any other is an embedding.
-    """
-    found: dict[str, str] = {}
-    for name, tensor in matrices.items():
-        features = _dense_input(tensor)
-        if name in (EMBEDDING, LOGITS):
-            found[name] = tensor.name
-        elif features is not None:
-            found.setdefault(LOGITS, tensor.name)
-        else:
-            found.setdefault(EMBEDDING, tensor.name)
-        if features is not None and EMBEDDING not in matrices:
-            found.setdefault(EMBEDDING, features.name)
-    return {name: found[name] for name in (EMBEDDING, LOGITS) if name in found}
-
-
-def _dense_input(tensor: tf.Tensor) -> tf.Tensor | None:
-    """What goes into the dense layer (matrix product, then bias) that makes `tensor`, if any."""
-    passing = {"Identity", "BiasAdd", "Add", "AddV2", "StopGradient"}
-    while tensor.op.type in passing:
-        tensor = tensor.op.inputs[0]
-    return tensor.op.inputs[0] if tensor.op.type == "MatMul" else None
-
-
-def _freeze_hub_v1(directory: str) -> tuple[_Frozen, tuple[str, ...]]:
-    loaded = tf.saved_model.load(directory, tags=[])
-    signatures = {
-        name: definition
-        for meta in _saved_model_proto(directory).meta_graphs
-        if not meta.meta_info_def.tags
-        for name, definition in meta.signature_def.items()
-    }
-    chosen = {
-        role: signatures[name]
-        for role, name in ((EMBEDDING, "image_feature_vector"), (LOGITS, "image_classification"))
-        if name in signatures
-    }
-    if not chosen:
+        graph = _assemble(frozen)
+    missing = [name for name in spec.outputs if name not in info.outputs]
+    if missing:
         raise ModelError(
-            f"--model {directory}: no image signature; it has {', '.join(sorted(signatures))}"
+            f"--outputs {','.join(missing)}: the model at {spec.handle} has only "
+            f"{', '.join(info.outputs)}"
         )
-    feeds = sorted({definition.inputs["images"].name for definition in chosen.values()})
-    fetches = [definition.outputs["default"].name for definition in chosen.values()]
-    graph = loaded.graph
-    pruned = loaded.prune(
-        [graph.as_graph_element(name) for name in feeds],
-        [graph.as_graph_element(name) for name in fetches],
-    )
-    frozen = convert_variables_to_constants_v2(pruned)
-    outputs = {role: t.name for role, t in zip(chosen, frozen.outputs, strict=True)}
-    return (
-        _Frozen(
-            frozen.graph.as_graph_def(),
-            tuple(t.name for t in frozen.inputs),
-            outputs,
-            tuple(frozen.inputs[0].shape),
-        ),
-        tuple(sorted(signatures)),
-    )
+    return info, graph
 
 
-def _saved_model_proto(directory: str) -> Any:
-    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
-
-    with open(os.path.join(directory, "saved_model.pb"), "rb") as stream:
-        return SavedModel.FromString(stream.read())
-
-
-def _image_side(directory: str, shape: Sequence[int | None]) -> int:
-    _, height, width, channels = shape
-    if channels != 3 or height is None or height != width:
+def _read_prepared(directory: str) -> tuple[ModelInfo, Any]:
+    try:
+        described = json.loads(files.read_bytes(files.join(directory, PREPARED_FILE)))
+        if described.pop("prepared_version") > PREPARED_VERSION:
+            raise ValueError("made by a newer version of this program")
+        data = files.read_bytes(files.join(directory, _GRAPH_FILE))
+        if hashlib.sha256(data).hexdigest() != described.pop("graph_sha256"):
+            raise ValueError(f"{_GRAPH_FILE} was cut or altered")
+        described["value_range"] = tuple(described["value_range"])
+        described["signatures"] = tuple(described["signatures"])
+        info = ModelInfo(**{**described, "format": PREPARED})
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"--model {directory}: takes pictures of {list(shape[1:])}; only square RGB ones of a "
-            "fixed size can be given"
-        )
-    return height
+            f"--model {directory}: not a whole prepared model ({error}); prepare it again"
+        ) from None
+    return info, tf.compat.v1.GraphDef.FromString(data)
 
 
-def _widths(frozen: _Frozen) -> dict[str, int]:
+def _assemble(frozen: Frozen) -> Any:
+    """`frozen` with batch norms folded, behind uint8 `pixels` scaled on the device."""
+    low, high = frozen.value_range
+    side = frozen.image_size
     with tf.Graph().as_default() as graph:
+        pixels = tf.compat.v1.placeholder(tf.uint8, [None, side, side, 3], _PIXELS)
+        images = tf.cast(pixels, tf.float32)
+        if (low, high) != (0.0, 255.0):
+            images = images / (255.0 / (high - low))
+        if low:
+            images += low
         tensors = tf.graph_util.import_graph_def(
-            frozen.graph, return_elements=list(frozen.outputs.values()), name=""
-        )
-        del graph
-    return {
-        name: int(tensor.shape[1]) for name, tensor in zip(frozen.outputs, tensors, strict=True)
-    }
-
-
-def _uint8_function(frozen: _Frozen, side: int) -> Callable[[tf.Tensor], Mapping[str, tf.Tensor]]:
-    """The graph behind an input of uint8 [N, S, S, 3], scaled to [0, 1] on the device."""
-
-    def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        images = tf.cast(pixels, tf.float32) / 255.0
-        tensors = tf.graph_util.import_graph_def(
-            frozen.graph,
+            fold_batch_norms(frozen.graph),
             input_map=dict.fromkeys(frozen.inputs, images),
             return_elements=list(frozen.outputs.values()),
             name="model",
         )
-        return dict(zip(frozen.outputs, tensors, strict=True))
-
-    signature = [tf.TensorSpec([None, side, side, 3], tf.uint8)]
-    return tf.compat.v1.wrap_function(run, signature)
-
-
-# --- fingerprint -------------------------------------------------------------------------------
+        for role, tensor in zip(frozen.outputs, tensors, strict=True):
+            tf.reshape(tensor, [-1, frozen.widths[role]], name=role)
+    return tf.compat.v1.graph_util.extract_sub_graph(graph.as_graph_def(), list(frozen.outputs))
 
 
-def _fingerprint(frozen: _Frozen) -> str:
-    """SHA-256 over operations, attributes, wiring and constants; names of nodes do not count."""
-    nodes = {node.name: node for node in frozen.graph.node}
-    digests: dict[str, bytes] = {}
-    stack = [_node_name(name) for name in frozen.outputs.values()]
-    while stack:
-        node = nodes[stack[-1]]
-        parents = [_node_name(name) for name in node.input]
-        waiting = [name for name in parents if name not in digests]
-        if waiting:
-            stack += waiting
-            continue
-        stack.pop()
-        if node.name not in digests:
-            digests[node.name] = _node_digest(node, digests)
-    total = hashlib.sha256()
-    for role, name in frozen.outputs.items():
-        total.update(f"{role}{_port(name)}".encode() + digests[_node_name(name)])
-    return total.hexdigest()
+def _function(
+    graph: Any, outputs: tuple[str, ...]
+) -> Callable[[tf.Tensor], Mapping[str, tf.Tensor]]:
+    def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
+        tensors = tf.graph_util.import_graph_def(
+            graph,
+            input_map={_PIXELS: pixels},
+            return_elements=[f"{name}:0" for name in outputs],
+            name="",
+        )
+        return dict(zip(outputs, tensors, strict=True))
+
+    (placeholder,) = (node for node in graph.node if node.name == _PIXELS)
+    shape = tf.TensorShape(placeholder.attr["shape"].shape)
+    return tf.compat.v1.wrap_function(run, [tf.TensorSpec(shape, tf.uint8)])
 
 
-def _node_digest(node: Any, digests: Mapping[str, bytes]) -> bytes:
-    hasher = hashlib.sha256(node.op.encode())
-    for name in sorted(node.attr):
-        if name == "value" and node.op == "Const":
-            array = tf.make_ndarray(node.attr[name].tensor)
-            hasher.update(f"{array.dtype}{array.shape}".encode())
-            text = array.dtype == object
-            hasher.update(repr(array.tolist()).encode() if text else array.tobytes())
-        elif not name.startswith("_"):
-            hasher.update(name.encode() + node.attr[name].SerializeToString(deterministic=True))
-    for name in node.input:
-        hasher.update(_port(name).encode() + digests[_node_name(name)])
-    return hasher.digest()
-
-
-def _node_name(tensor: str) -> str:
-    return tensor.removeprefix("^").partition(":")[0]
-
-
-def _port(tensor: str) -> str:
-    return "^" if tensor.startswith("^") else tensor.partition(":")[2] or "0"
+__all__ = [
+    "EMBEDDING",
+    "LOGITS",
+    "Hints",
+    "LoadSpec",
+    "LoadedModel",
+    "ModelError",
+    "ModelInfo",
+    "OutOfMemory",
+    "default_batch_size",
+    "load",
+    "prepare",
+]

@@ -41,6 +41,7 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
+        files.NewFile.abandon_all()  # a runner need not tear down the bundle that failed
         log.error("%s", failure_line(error))
         return summary(plan.publication.output, FAILED, None, started)
     finally:

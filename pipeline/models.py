@@ -3,6 +3,7 @@
     python -m pipeline.models export --network nasnet_mobile --head classification \\
         --format saved_model --seed 0 --output models/nasnet_mobile
     python -m pipeline.models inspect models/nasnet_mobile
+    python -m pipeline.models prepare models/nasnet_mobile --output models/nasnet_mobile_prepared
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from models.catalog import FORMATS, HEADS, NETWORKS
-from pipeline.options import OneLineParser
+from pipeline.options import OneLineParser, value_range_of
 from storage import files
 from storage.errors import RequestError
+
+if TYPE_CHECKING:
+    from models.loading import LoadSpec
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +65,14 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--archive", metavar="FILE.tar.gz", help="also pack DIR as the hub does")
 
     inspect = verbs.add_parser("inspect", help="what a model is, as JSON on stdout")
-    inspect.add_argument("model", metavar="MODEL")
+    prepare = verbs.add_parser("prepare", help="resolve, verify and optimise a model once")
+    prepare.add_argument("--output", required=True, metavar="DIR", help="local, gs:// or s3://")
+    for verb in (inspect, prepare):
+        verb.add_argument("model", metavar="MODEL", help="any handle that extract's --model takes")
+        verb.add_argument("--model_sha256", metavar="HEX", help="digest that its archive must have")
+        verb.add_argument("--image_size", type=int, metavar="S", help="where the model takes any")
+        verb.add_argument("--value_range", type=value_range_of, metavar="LOW,HIGH")
+        verb.add_argument("--allow_unsafe_ops", action="store_true")
     return result
 
 
@@ -92,28 +104,56 @@ def export(request: argparse.Namespace) -> None:
 
 
 def inspect(request: argparse.Namespace) -> None:
-    """Print what the model `request.model` is. Raises RequestError."""
-    from models.handles import resolve
+    """Print what the model `request.model` is. Raises RequestError.
 
-    directory = resolve(request.model)
-    from models.loading import LoadSpec, load
+    A model that can reach files or the network is not loaded without leave: then what only loading
+    tells is null.
+    """
+    from models import handles
 
-    info = load(LoadSpec(directory)).info
-    told = {
-        "format": info.format,
-        "image_size": info.image_size,
-        "outputs": dict(info.outputs),
-        "signatures": list(info.signatures),
-        "fingerprint": info.fingerprint,
-    }
+    directory = handles.resolve(request.model, request.model_sha256)
+    from models.loading import look, unsafe_operations
+
+    unsafe = unsafe_operations(directory)
+    told: dict[str, Any] = dict.fromkeys(
+        ("image_size", "value_range", "outputs", "signatures", "fingerprint")
+    )
+    if not unsafe or request.allow_unsafe_ops:
+        told = look(_spec(request))
+    told = {"format": handles.model_format(directory), **told, "unsafe_ops": unsafe}
     sys.stdout.write(json.dumps(told, indent=1) + "\n")
+
+
+def prepare(request: argparse.Namespace) -> None:
+    """Write the model `request.model`, prepared, to `request.output`. Raises RequestError."""
+    from models import handles
+
+    output = files.absolute(request.output)
+    handles.resolve(request.model, request.model_sha256)
+    if files.occupied(output):
+        raise RequestError(f"--output {output}: something is there already; give another")
+    files.check_writable(output)
+    from models.loading import prepare as write_prepared
+
+    write_prepared(_spec(request), output)
+
+
+def _spec(request: argparse.Namespace) -> LoadSpec:
+    from models.loading import Hints, LoadSpec
+
+    return LoadSpec(
+        request.model,
+        sha256=request.model_sha256,
+        hints=Hints(request.image_size, request.value_range),
+        allow_unsafe_ops=request.allow_unsafe_ops,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one model command; returns the exit code: 0, or 2 where the request is wrong."""
     try:
         request = parser().parse_args(argv)
-        {"export": export, "inspect": inspect}[request.verb](request)
+        {"export": export, "inspect": inspect, "prepare": prepare}[request.verb](request)
     except RequestError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

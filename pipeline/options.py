@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -38,6 +39,14 @@ def byte_size(text: str) -> int:
         if text.endswith(unit):
             return int(float(text[: -len(unit)]) * factor)
     return int(text)
+
+
+def value_range_of(text: str) -> tuple[float, float]:
+    """Two numbers with a comma between, the lower first."""
+    low, high = map(float, text.split(","))
+    if not low < high:
+        raise ValueError(text)
+    return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +100,30 @@ class Options:
         why="what photographs come in; each further decoder is more code open to hostile bytes",
     )
     model: str = knob(
-        "", "the model: a local directory, TF1 hub.Module or TF2 SavedModel", metavar="HANDLE"
+        "",
+        "the model, TF1 hub.Module or TF2 SavedModel: catalogue name, TF Hub or Kaggle handle, "
+        "http(s) .tar.gz, gs://, s3://, local directory or .tar.gz",
+        metavar="HANDLE",
+    )
+    model_sha256: str | None = knob(
+        None, "refuse a model archive with another digest", metavar="HEX"
+    )
+    image_size: int | None = knob(
+        None,
+        "side of the model's input in pixels, where the model takes any",
+        metavar="S",
+        type=int,
+        why="none: as the model tells",
+    )
+    value_range: tuple[float, float] | None = knob(
+        None,
+        "range of the pixel values that the model takes: 0,1 or 0,255 or -1,1",
+        metavar="LOW,HIGH",
+        type=value_range_of,
+        why="none: as the model's first operations tell",
+    )
+    allow_unsafe_ops: bool = knob(
+        False, "run a model whose graph can reach files or the network", action="store_true"
     )
     outputs: tuple[str, ...] = knob(
         [],
@@ -212,7 +244,14 @@ class Options:
         for name in ("input", "model", "output"):
             if not getattr(self, name):
                 raise RequestError(f"--{name} is required; see --help")
-        for name in ("limit", "batch_size", "rows_per_file", "max_image_pixels", "max_image_bytes"):
+        for name in (
+            "limit",
+            "image_size",
+            "batch_size",
+            "rows_per_file",
+            "max_image_pixels",
+            "max_image_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} {value}: must be at least 1")
@@ -224,6 +263,8 @@ class Options:
             raise RequestError("--class_names names the classes of --top_k, which is 0; give both")
         if self.retry_failures and self.if_exists != "resume":
             raise RequestError("--retry_failures needs --if_exists resume: nothing else is kept")
+        if self.model_sha256 and not re.fullmatch("[0-9a-f]{64}", self.model_sha256):
+            raise RequestError(f"--model_sha256 {self.model_sha256}: 64 lower-case hex digits")
         if not self.formats:
             raise RequestError("--formats: at least one is needed, or no picture can be decoded")
         repeated = {name for name in self.columns if self.columns.count(name) > 1}

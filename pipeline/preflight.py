@@ -33,10 +33,13 @@ log = logging.getLogger("pipeline")
 def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: float) -> Plan:
     """All decisions of a run, cheap checks first. Raises RequestError; leaves no trace."""
     output = files.absolute(options.output)
-    if any(map(files.is_remote, (output, options.model, *options.input))):
+    stored = [output, *options.input]
+    if not handles.archive_url(options.model):
+        stored.append(options.model)
+    if any(map(files.is_remote, stored)):
         _configure_stores(beam_args)
     before = _check_output(output, options.if_exists)
-    directory = handles.resolve(options.model)
+    handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
     sources, warnings = inputs.survey(options.input, options.input_format, options.allow_empty)
     for warning in warnings:
@@ -47,12 +50,19 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     types = _types(sources, keys)
     files.check_writable(output)
 
-    from models.loading import LoadSpec, default_batch_size, load
+    from models.loading import Hints, LoadSpec, default_batch_size, load
     from pipeline.graph import Plan
     from transforms.sources import Reading
 
     wanted = set(options.outputs) | ({"logits"} if options.top_k and options.outputs else set())
-    spec = LoadSpec(directory, tuple(sorted(wanted)))
+    handle = options.model
+    spec = LoadSpec(
+        handle if handles.archive_url(handle) else files.absolute(handle),
+        tuple(sorted(wanted)),
+        options.model_sha256,
+        Hints(options.image_size, options.value_range),
+        options.allow_unsafe_ops,
+    )
     info = load(spec).info
     _check_classes(options, info, names)
     preprocessing = Preprocessing(
@@ -68,6 +78,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         "format": info.format,
         "fingerprint": info.fingerprint,
         "image_size": info.image_size,
+        "value_range": list(info.value_range),
         "outputs": dict(info.outputs),
     }
     written = {name: info.outputs[name] for name in options.outputs or info.outputs}

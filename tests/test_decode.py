@@ -1,0 +1,95 @@
+"""DecodeImages: pixels or a failure for each image, in order, on threads that work ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pictures
+import pytest
+from beams import pipe
+
+from formats.image import Preprocessing
+from formats.records import DecodedImage, Failure, ImageRecord, ImageRef
+from transforms import decode
+from transforms.decode import DecodeImages, decode_record
+
+HOW = Preprocessing(16)
+
+
+def record(key, data):
+    return ImageRecord(ImageRef(key, "/d/a", 3, "cat", {"w": 1}), data)
+
+
+def run(records, how=HOW):
+    out = pipe(records, DecodeImages(how))
+    return list(out.images), list(out.failures)
+
+
+def test_a_picture_becomes_pixels_with_all_that_is_known_of_it():
+    data = pictures.jpeg(40, 28)
+    image = decode_record(record("k", data), HOW)
+    assert isinstance(image, DecodedImage)
+    assert (image.pixels.shape, image.pixels.dtype) == ((16, 16, 3), np.uint8)
+    assert (image.width, image.height, image.bytes) == (40, 28, len(data))
+    assert image.sha256 == hashlib.sha256(data).hexdigest()
+    assert image.ref == ImageRef("k", "/d/a", 3, "cat", {"w": 1})
+
+
+def test_width_and_height_are_those_of_the_upright_picture():
+    image = decode_record(record("k", pictures.oriented(6)), HOW)
+    assert (image.width, image.height) == (28, 40)
+
+
+@pytest.mark.parametrize(
+    ("data", "how", "error_class"),
+    [
+        (b"", HOW, "EmptyImage"),
+        (b"what is this", HOW, "UnsupportedFormat"),
+        (pictures.truncated(pictures.jpeg()), HOW, "CorruptImage"),
+        (pictures.jpeg(40, 28), dataclasses.replace(HOW, max_pixels=40 * 28 - 1), "TooManyPixels"),
+        (pictures.jpeg(), dataclasses.replace(HOW, formats=("png",)), "UnsupportedFormat"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_a_failure_with_its_digest(data, how, error_class):
+    failure = decode_record(record("k", data), how)
+    assert isinstance(failure, Failure)
+    assert (failure.stage, failure.error_class) == ("decode", error_class)
+    assert (failure.key, failure.source, failure.record_index) == ("k", "/d/a", 3)
+    assert (failure.sha256, failure.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert "\n" not in failure.message
+    assert len(failure.message) < 500
+
+
+def test_every_kind_of_picture_goes_through_the_transform():
+    good = pictures.good()
+    images, failures = run([record(name, data) for name, data in good.items()])
+    assert failures == []
+    assert sorted(image.ref.key for image in images) == sorted(good)
+    for image in images:
+        alone = decode_record(record("k", good[image.ref.key]), HOW)
+        np.testing.assert_array_equal(image.pixels, alone.pixels)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 1000])
+def test_each_image_ends_in_one_output_however_far_the_threads_are_ahead(monkeypatch, ahead):
+    monkeypatch.setattr(decode, "_AHEAD", ahead)
+    data = pictures.jpeg(24, 24)
+    records = [record(f"{n:02}", b"bad" if n % 3 == 0 else data) for n in range(30)]
+    images, failures = run(records)
+    assert [i.ref.key for i in images] == [f"{n:02}" for n in range(30) if n % 3]
+    assert [f.key for f in failures] == [f"{n:02}" for n in range(0, 30, 3)]
+
+
+def test_nothing_in_nothing_out():
+    assert run([]) == ([], [])
+
+
+def test_an_error_of_the_decoder_itself_is_not_swallowed(monkeypatch):
+    def broken(data, how):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(decode, "decode_image", broken)
+    with pytest.raises(Exception, match="a bug"):
+        run([record("k", b"x")])

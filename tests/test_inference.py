@@ -1,0 +1,267 @@
+"""infer_batch and ExtractFeatures: fixed batches, and what one bad picture or model costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from apache_beam.ml.inference.base import ModelHandler
+from beams import pipe
+
+from formats.records import DecodedImage, Failure, Features, ImageRef
+from models.loading import LoadSpec, OutOfMemory
+from storage.errors import RunError
+from transforms.inference import ExtractFeatures, FrozenModelHandler, infer_batch, run_padded
+
+SIDE = 4
+POISON = 66
+NAN = 77
+
+
+class Model:
+    """Stands for a loaded model: a picture's mean and its double; what it is asked is kept."""
+
+    def __init__(self, memory=1000, broken=None):
+        self.info = SimpleNamespace(image_size=SIDE)
+        self.memory = memory
+        self.broken = broken
+        self.sizes = []
+
+    def __call__(self, pixels):
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[1:] == (SIDE, SIDE, 3)
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.memory:
+            raise OutOfMemory(f"no memory for {len(pixels)}")
+        if self.broken:
+            raise self.broken
+        if (pixels[:, 0, 0, 0] == POISON).any():
+            raise ValueError("a shape\nthat the graph refuses")
+        mean = pixels[:, 0, 0, :1].astype(np.float32)
+        mean[mean == NAN] = np.nan
+        return {"embedding": mean, "logits": np.concatenate([mean, 2 * mean], axis=1)}
+
+
+def image(value, key=None, shape=(SIDE, SIDE, 3), dtype=np.uint8):
+    pixels = np.full(shape, value, dtype)
+    ref = ImageRef(key or f"k{value}", "/d/a", value, "cat", {"w": value})
+    return DecodedImage(ref, f"{value:064x}", 100 + value, 7, 8, pixels)
+
+
+def run(values, size=4, **options):
+    model = Model(**options)
+    results, after = infer_batch([image(v) for v in values], model, size)
+    assert len(results) == len(values)
+    for value, result in zip(values, results, strict=True):
+        at = result if isinstance(result, Failure) else result.ref
+        assert (at.key, at.record_index) == (f"k{value}", value), "the order is kept"
+        if isinstance(result, Features):
+            assert result.vectors["embedding"].tolist() == [value]
+            assert result.vectors["logits"].tolist() == [value, 2 * value]
+    return results, after, model.sizes
+
+
+def failed(results):
+    return [r.record_index for r in results if isinstance(r, Failure)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_call_has_the_same_shape(count):
+    results, after, sizes = run(range(count))
+    assert failed(results) == []
+    assert (sizes, after) == ([4], 4)
+
+
+def test_more_images_than_a_batch_are_split():
+    results, after, sizes = run(range(10))
+    assert failed(results) == []
+    assert (sizes, after) == ([4, 4, 4], 4)
+
+
+def test_nothing_asks_nothing_of_the_model():
+    assert run([]) == ([], 4, [])
+
+
+def test_features_carry_all_that_is_known_of_the_image():
+    (result,), _, _ = run([5])
+    assert result.ref == ImageRef("k5", "/d/a", 5, "cat", {"w": 5})
+    assert (result.sha256, result.width, result.height) == (f"{5:064x}", 7, 8)
+
+
+def test_padding_is_zeros_and_is_cut_off():
+    seen = []
+    model = SimpleNamespace(info=None)
+
+    def call(pixels):
+        seen.append(pixels.copy())
+        return {"embedding": pixels[:, 0, 0, :1].astype(np.float32)}
+
+    vectors = run_padded(call, [image(9).pixels, image(8).pixels], 4)
+    assert vectors["embedding"].tolist() == [[9], [8]]
+    assert [int(p.max()) for p in seen[0]] == [9, 8, 0, 0]
+    assert model.info is None
+
+
+# ---------------------------------------------------------------- one bad picture
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_poisonous_picture_costs_one_row(at):
+    values = [1, 2, 3, 4]
+    values.insert(at, POISON)
+    results, after, sizes = run(values, size=5)
+    assert failed(results) == [POISON]
+    assert set(sizes) == {5}
+    assert after == 5
+    failure = results[at]
+    assert (failure.stage, failure.error_class) == ("infer", "ValueError")
+    assert failure.message == "a shape that the graph refuses"
+    assert (failure.sha256, failure.bytes) == (f"{POISON:064x}", 100 + POISON)
+
+
+def test_a_picture_whose_vectors_are_not_finite_costs_one_row():
+    results, _, sizes = run([1, NAN, 3])
+    assert failed(results) == [NAN]
+    assert (results[1].stage, results[1].error_class) == ("infer", "NotFinite")
+    assert "embedding and logits of this picture is not finite" in results[1].message
+    assert sizes == [4]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((SIDE, SIDE), np.uint8),
+        ((SIDE, SIDE, 1), np.uint8),
+        ((SIDE, SIDE + 1, 3), np.uint8),
+        ((1, SIDE, SIDE, 3), np.uint8),
+        ((SIDE, SIDE, 3), np.float32),
+    ],
+)
+def test_pixels_that_do_not_fit_never_reach_the_model(shape, dtype):
+    model = Model()
+    results, _ = infer_batch([image(1), image(2, None, shape, dtype), image(3)], model, 4)
+    assert failed(results) == [2]
+    assert results[1].error_class == "WrongPixels"
+    assert [type(result) for result in results] == [Features, Failure, Features]
+
+
+def test_misfits_alone_do_not_make_the_model_suspect():
+    model = Model(broken=AssertionError("asked"))
+    results, _ = infer_batch([image(2, shape=(1, 1, 3))], model, 4)
+    assert (failed(results), model.sizes) == ([2], [])
+
+
+# ---------------------------------------------------------------- a bad model
+
+
+@pytest.mark.parametrize("values", [[POISON], [POISON, POISON], [NAN], [NAN, POISON]])
+def test_where_every_picture_fails_a_plain_one_absolves_the_model(values):
+    results, _, sizes = run(values)
+    assert failed(results) == values
+    assert set(sizes) == {4}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_model_that_fails_on_a_plain_picture_too_ends_the_run(count):
+    with pytest.raises(RunError, match="fails on every image, a plain grey one too") as caught:
+        run(range(count), broken=RuntimeError("the kernel\nis missing"))
+    assert "RuntimeError: the kernel" in str(caught.value)
+    assert "first seen on k0" in str(caught.value)
+
+
+def test_a_model_of_nothing_but_nan_ends_the_run():
+    class Wild(Model):
+        def __call__(self, pixels):
+            return {"embedding": np.full((len(pixels), 1), np.nan, np.float32)}
+
+    with pytest.raises(RunError, match="its embedding is not finite"):
+        infer_batch([image(1), image(2)], Wild(), 4)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("size", "memory", "after", "tried"),
+    [
+        (8, 8, 8, [8]),
+        (8, 4, 4, [8, 4, 4]),
+        (8, 3, 2, [8, 4, 2, 2, 2, 2]),
+        (7, 4, 4, [7, 4, 4]),
+        (8, 1, 1, [8, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_batch_that_does_not_fit_in_memory_is_halved(size, memory, after, tried):
+    results, now, sizes = run(range(min(size, 8)), size, memory=memory)
+    assert failed(results) == []
+    assert (now, sizes) == (after, tried)
+
+
+def test_no_memory_for_one_image_ends_the_run():
+    with pytest.raises(RunError, match="no memory for a batch of one image"):
+        run(range(4), memory=0)
+
+
+def test_poison_and_little_memory_together():
+    results, after, _ = run([1, POISON, 3, NAN, 5, 6], 8, memory=2)
+    assert (failed(results), after) == ([POISON, NAN], 2)
+
+
+# ---------------------------------------------------------------- the handler and the transform
+
+
+HANDLER = FrozenModelHandler(LoadSpec("/m"), 8)
+
+
+def test_what_memory_allowed_is_remembered():
+    handler, model = FrozenModelHandler(LoadSpec("/m"), 8), Model(memory=3)
+    for _ in range(2):
+        assert failed(handler.run_inference([image(v) for v in range(4)], model)) == []
+    assert model.sizes == [8, 4, 2, 2, 2, 2]
+
+
+def test_the_handler_asks_for_batches_of_one_size():
+    assert HANDLER.batch_elements_kwargs()["min_batch_size"] == 8
+    assert HANDLER.batch_elements_kwargs()["max_batch_size"] == 8
+    assert HANDLER.get_num_bytes([image(1), image(2)]) == 2 * SIDE * SIDE * 3
+    assert HANDLER.get_metrics_namespace() == "ExtractFeatures"
+    assert pickle.loads(pickle.dumps(HANDLER)).batch_elements_kwargs()["max_batch_size"] == 8
+
+
+class FakeHandler(FrozenModelHandler):
+    """Loads the fake."""
+
+    def load_model(self):
+        return Model()
+
+
+def test_the_transform_parts_features_from_failures():
+    handler = FakeHandler(LoadSpec("/m"), 4)
+    assert isinstance(handler, ModelHandler)
+    values = [1, 2, POISON, 4, NAN, 6, 7]
+    out = pipe([image(v) for v in values], ExtractFeatures(handler))
+    features, failures = list(out.features), list(out.failures)
+    assert sorted(row.ref.record_index for row in features) == [1, 2, 4, 6, 7]
+    assert sorted((f.record_index, f.error_class) for f in failures) == [
+        (POISON, "ValueError"),
+        (NAN, "NotFinite"),
+    ]
+
+
+def test_a_broken_model_fails_the_run_with_its_reason():
+    class Broken(FakeHandler):
+        def load_model(self):
+            return Model(broken=RuntimeError("no kernel"))
+
+    with pytest.raises(Exception, match="the model fails on every image"):
+        pipe([image(1)], ExtractFeatures(Broken(LoadSpec("/m"), 4)))
+
+
+def test_a_picture_gets_the_same_vectors_in_whatever_batch():
+    results, _, _ = run([3, POISON, 5, 7])
+    alone, _, _ = run([7])
+    assert dataclasses.asdict(results[3])["sha256"] == alone[0].sha256
+    np.testing.assert_array_equal(results[3].vectors["logits"], alone[0].vectors["logits"])

@@ -1,0 +1,334 @@
+"""ReadImages: every record or file ends in one of three outputs, whatever is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import pickle
+
+import apache_beam as beam
+import pyarrow as pa
+import pytest
+from beams import pipe
+
+from formats import inputs
+from formats.dataset import place_digest
+from formats.example import ExampleKeys, ExampleTypes, serialize_example
+from formats.inputs import IMAGES, TFRECORD, Source, Unit
+from formats.records import Failure, ImageRecord, ImageRef
+from formats.tfrecord import write_record
+from pipeline.job import DIRECT_RUNNER
+from storage import files
+from storage.errors import RunError
+from transforms import sources
+from transforms.sources import (
+    Finished,
+    ReadImages,
+    Reading,
+    read_image_file,
+    read_image_files,
+    read_tfrecord,
+)
+
+HOW = Reading()
+
+
+def framed(*payloads):
+    stream = io.BytesIO()
+    for payload in payloads:
+        write_record(stream, payload)
+    return stream.getvalue()
+
+
+def example(n, **more):
+    features = {"image/encoded": b"picture %d" % n, "image/class/label": n, **more}
+    return serialize_example(features)
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def unit_of(folder, format=TFRECORD, limit=None):
+    return Unit(format, tuple(files.find(str(folder))), limit)
+
+
+def read(folder_or_file, how=HOW, limit=None):
+    return list(read_tfrecord(unit_of(folder_or_file, limit=limit), how))
+
+
+def run(source_list, how=HOW, **options):
+    """The three outputs of the transform: keys of images, failures, and how many were skipped."""
+    out = pipe([source_list], ReadImages(how, **options))
+    return (
+        sorted(record.ref.key for record in out.images),
+        sorted(out.failures, key=lambda failure: failure.key),
+        sum(out.skipped),
+    )
+
+
+# ---------------------------------------------------------------- image files
+
+
+def test_an_image_file_is_its_own_key(tmp_path):
+    path = write(tmp_path / "a.jpg", b"bytes")
+    (record,) = read_image_files(unit_of(path, IMAGES), HOW)
+    assert record == ImageRecord(ImageRef(path, path), b"bytes")
+
+
+def test_image_files_come_in_order_with_failures_among_them(tmp_path):
+    for n in range(40):
+        write(tmp_path / f"{n:02}.jpg", b"x" * n)
+    unit = unit_of(tmp_path, IMAGES)
+    (tmp_path / "07.jpg").unlink()
+    how = dataclasses.replace(HOW, max_image_bytes=38)
+    rows = list(read_image_files(unit, how))
+    kinds = [type(row) for row in rows]
+    assert kinds == [Failure if n in (7, 39) else ImageRecord for n in range(40)]
+    gone, large = rows[7], rows[39]
+    assert (gone.stage, gone.error_class, gone.bytes) == ("read", "FileNotFoundError", 7)
+    assert (large.stage, large.error_class, large.bytes) == ("read", "TooManyBytes", 39)
+    assert large.message == "39 bytes, more than --max_image_bytes 38"
+    assert large.sha256 is None
+    assert large.key == large.source == f"{tmp_path}/39.jpg"
+
+
+def test_a_file_that_is_too_large_is_not_opened(tmp_path, monkeypatch):
+    write(tmp_path / "a", b"123")
+    monkeypatch.setattr(files, "read_bytes", lambda path: pytest.fail("opened"))
+    (info,) = files.find(str(tmp_path))
+    assert read_image_file(info, 2).error_class == "TooManyBytes"
+
+
+def test_a_file_that_has_grown_since_it_was_listed_is_held_to_the_limit_too(tmp_path):
+    path = write(tmp_path / "a", b"123")
+    (info,) = files.find(path)
+    write(tmp_path / "a", b"123456789")
+    failure = read_image_file(info, 5)
+    assert (failure.error_class, failure.bytes) == ("TooManyBytes", 9)
+    assert failure.sha256 == hashlib.sha256(b"123456789").hexdigest()
+
+
+def test_what_is_read_ahead_is_bounded_by_bytes(tmp_path, monkeypatch):
+    """32 files ahead would be 8 GiB at --max_image_bytes."""
+    opened = []
+    monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or b"x")
+    listed = tuple(files.FileInfo(f"/d/{n}", 40 << 20) for n in range(32))
+    next(iter(read_image_files(Unit(IMAGES, listed), HOW)))
+    assert len(opened) <= 2
+
+
+def test_a_name_that_is_no_utf8_is_read_and_shown_escaped(tmp_path):
+    write(tmp_path / "caf\udce9.jpg", b"1")
+    (record,) = read_image_files(unit_of(tmp_path, IMAGES), HOW)
+    assert record.ref.key == f"{tmp_path}/caf\\xe9.jpg"
+    assert record.data == b"1"
+
+
+# ---------------------------------------------------------------- TFRecord files
+
+
+def test_records_carry_place_label_and_columns(tmp_path):
+    path = write(tmp_path / "a", framed(example(0, name=b"zero"), example(1, name=b"one")))
+    types = ExampleTypes(pa.int64(), {"name": pa.string()})
+    how = Reading(ExampleKeys(columns=("name",)), types)
+    assert read(path, how) == [
+        ImageRecord(ImageRef(f"{path}#0", path, 0, 0, {"name": "zero"}), b"picture 0"),
+        ImageRecord(ImageRef(f"{path}#1", path, 1, 1, {"name": "one"}), b"picture 1"),
+    ]
+
+
+def test_a_damaged_place_is_one_failure_and_reading_goes_on(tmp_path):
+    records = [framed(example(n)) for n in range(4)]
+    records[1] = records[1][:20] + b"\xff" + records[1][21:]
+    path = write(tmp_path / "a", b"".join(records))
+    rows = read(path)
+    assert [getattr(row, "key", None) or row.ref.key for row in rows] == [
+        f"{path}@{len(records[0])}",
+        f"{path}#0",
+        f"{path}#2",
+        f"{path}#3",
+    ]
+    damage = rows[0]
+    assert (damage.stage, damage.error_class) == ("read", "BadChecksum")
+    assert (damage.source, damage.record_index) == (path, 1)
+    assert damage.bytes == len(records[1]) - 16
+
+
+def test_a_cut_file_keeps_what_is_before_the_cut(tmp_path):
+    data = framed(example(0), example(1))
+    path = write(tmp_path / "a", data[:-5])
+    rows = read(path)
+    assert sorted(type(row).__name__ for row in rows) == ["Failure", "ImageRecord"]
+    (failure,) = (row for row in rows if isinstance(row, Failure))
+    assert (failure.key, failure.error_class) == (f"{path}@{len(data) // 2}", "TruncatedRecord")
+
+
+def test_on_damage_fail_ends_the_run_with_one_line(tmp_path):
+    data = framed(example(0), example(1))
+    path = write(tmp_path / "a", data[:-5])
+    how = dataclasses.replace(HOW, on_damage="fail")
+    with pytest.raises(RunError, match=r"TruncatedRecord at byte .*--on_damage record") as caught:
+        read(path, how)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(Exception, match="TruncatedRecord at byte"):
+        run([Source(path, TFRECORD)], how)
+
+
+def test_a_file_that_cannot_be_read_is_one_failure(tmp_path):
+    path = write(tmp_path / "a", framed(example(0)))
+    unit = unit_of(path)
+    (tmp_path / "a").unlink()
+    (failure,) = read_tfrecord(unit, HOW)
+    assert (failure.key, failure.source, failure.record_index) == (path, path, None)
+    assert (failure.stage, failure.error_class) == ("read", "FileNotFoundError")
+    assert failure.bytes == unit.files[0].size
+
+
+def test_a_store_that_fails_in_the_middle_keeps_what_came_before(tmp_path, monkeypatch):
+    data = framed(*(example(n) for n in range(3)))
+    path = write(tmp_path / "a", data)
+
+    class Failing(io.BytesIO):
+        def read(self, count=-1):
+            if self.tell() > len(data) // 2:
+                raise OSError("the line is dead")
+            return super().read(count)
+
+    monkeypatch.setattr(files, "open_read", lambda path: Failing(data))
+    rows = read(path)
+    (failure,) = (row for row in rows if isinstance(row, Failure))
+    assert (failure.key, failure.error_class, failure.record_index) == (path, "OSError", None)
+    assert rows[1:] == [ImageRecord(ImageRef(f"{path}#0", path, 0, 0), b"picture 0")]
+
+
+def test_an_image_in_a_record_is_held_to_the_limit(tmp_path):
+    path = write(
+        tmp_path / "a", framed(example(0), serialize_example({"image/encoded": b"y" * 50}))
+    )
+    rows = read(path, dataclasses.replace(HOW, max_image_bytes=20))
+    assert isinstance(rows[0], ImageRecord)
+    assert (rows[1].key, rows[1].error_class, rows[1].bytes) == (f"{path}#1", "TooManyBytes", 50)
+    assert rows[1].sha256 == hashlib.sha256(b"y" * 50).hexdigest()
+
+
+@pytest.mark.parametrize("bound", ["_PARSE_RECORDS", "_PARSE_BYTES"])
+def test_records_are_parsed_in_batches_without_loss(tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(sources, bound, 3)
+    path = write(tmp_path / "a", framed(*(example(n) for n in range(8))))
+    assert [row.ref.record_index for row in read(path)] == list(range(8))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 9])
+def test_limit_counts_records_and_damage_alike(tmp_path, limit):
+    records = [framed(example(n)) for n in range(3)]
+    records[0] = records[0][:-1] + b"\0"
+    path = write(tmp_path / "a", b"".join(records))
+    assert len(read(path, limit=limit)) == min(limit, 3)
+
+
+# ---------------------------------------------------------------- the transform
+
+
+def corpus(folder):
+    """Two containers, one of them damaged, and image files: 9 images in all."""
+    damaged = [framed(example(n)) for n in range(3)]
+    damaged[1] = damaged[1][:-1] + b"\0"
+    write(folder / "t" / "a", framed(*(example(n) for n in range(3))))
+    write(folder / "t" / "b", b"".join(damaged))
+    for name in "xyz":
+        write(folder / "i" / name, b"picture")
+    return [Source(str(folder / "t"), TFRECORD), Source(str(folder / "i"), IMAGES)]
+
+
+def test_everything_is_read_once(tmp_path):
+    images, failures, skipped = run(corpus(tmp_path))
+    t, i = tmp_path / "t", tmp_path / "i"
+    assert images == sorted(
+        [*(f"{t}/a#{n}" for n in range(3)), f"{t}/b#0", f"{t}/b#2", *(f"{i}/{n}" for n in "xyz")]
+    )
+    assert [failure.error_class for failure in failures] == ["BadChecksum"]
+    assert skipped == 0
+
+
+@pytest.mark.parametrize("limit", [1, 4, 6, 8, 9, 99])
+def test_a_limited_run_reads_as_many(tmp_path, limit):
+    images, failures, _ = run(corpus(tmp_path), limit=limit)
+    assert len(images) + len(failures) == min(limit, 9)
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path):
+    images, _, _ = run([*corpus(tmp_path), Source(str(tmp_path / "i" / "*"), IMAGES)])
+    assert len(images) == 8
+
+
+def test_what_is_finished_is_skipped_and_counted(tmp_path, monkeypatch):
+    t, i = tmp_path / "t", tmp_path / "i"
+    done = [(f"{t}/a", 0), (f"{t}/b", 1), (f"{i}/x", None), (f"{i}/y", None), ("elsewhere", 0)]
+    finished = write(tmp_path / "f", b"".join(place_digest(*place) for place in done))
+    opened = []
+    read_bytes = files.read_bytes
+    monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
+    images, failures, skipped = run(corpus(tmp_path), finished=finished)
+    assert images == sorted([f"{t}/a#1", f"{t}/a#2", f"{t}/b#0", f"{t}/b#2", f"{i}/z"])
+    assert failures == []  # the damaged place was told of by an earlier run
+    assert skipped == 4
+    assert sorted(set(opened)) == sorted([finished, f"{i}/z"])  # finished files are not read again
+
+
+def test_an_empty_source_reads_nothing(tmp_path):
+    assert run([Source(str(tmp_path / "nothing"), TFRECORD)]) == ([], [], 0)
+    assert run([]) == ([], [], 0)
+
+
+def test_the_transform_counts_what_it_reads(tmp_path):
+    with beam.Pipeline(DIRECT_RUNNER) as p:
+        _ = p | beam.Create([corpus(tmp_path)]) | ReadImages(HOW)
+    counters = {
+        counter.key.metric.name: counter.committed
+        for counter in p.result.metrics().query()["counters"]
+        if counter.key.metric.namespace == "ReadImages"
+    }
+    size = 5 * len(b"picture 0") + 3 * len(b"picture")
+    assert counters == {"images": 8, "failures": 1, "bytes": size}
+
+
+def test_every_format_has_a_reader():
+    assert set(sources.READERS) == {inputs.TFRECORD, inputs.IMAGES}
+
+
+# ---------------------------------------------------------------- what is finished
+
+
+def record(source, index, key="k"):
+    return ImageRecord(ImageRef(key, source, index), b"")
+
+
+def test_finished_knows_places_and_nothing_else():
+    places = [(f"s{n % 7}", n) for n in range(500)] + [("file", None)]
+    finished = Finished(b"".join(place_digest(*place) for place in places))
+    assert all(record(*place) in finished for place in places)
+    assert Failure("k", "file", None, "read", "E", "m") in finished
+    for source, index in [("s0", 1), ("file", 0), ("file\nNone", None), ("s7", 7)]:
+        assert record(source, index) not in finished
+    # another image with a finished one's id is not finished: it must end somewhere too
+    assert record("new", 0, key="s0") not in finished
+
+
+def test_nothing_is_finished_at_first():
+    assert record("s", 0) not in Finished(b"")
+
+
+def test_finished_tells_digests_apart_that_begin_alike():
+    digest = place_digest("s", 1)
+    for near in (digest[:8] + bytes(8), digest[:8] + b"\xff" * 8, digest[:15] + b"\0"):
+        assert record("s", 1) not in Finished(near)
+        assert record("s", 1) in Finished(near + digest)
+
+
+def test_what_flows_and_what_reads_can_be_pickled(tmp_path):
+    for thing in (HOW, unit_of(tmp_path), record("s", 0)):
+        assert pickle.loads(pickle.dumps(thing)) == thing
