@@ -30,7 +30,9 @@ FEATURES, FAILURES = "features", "failures"
 DIGEST_BYTES = 16
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
 _DERIVED = re.compile(r"-(settled-\d+|duplicates-\w+)\.parquet$")  # what `settle` made of others
-_LEFTOVER = re.compile(r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-.*")
+_LEFTOVER = re.compile(
+    r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,12 +73,12 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.formats,
         options.max_image_pixels,
     )
+    pixels = {**preprocessing.describe(), "value_range": list(info.value_range)}
     model = {
         "handle": options.model,
         "format": info.format,
         "fingerprint": info.fingerprint,
         "image_size": info.image_size,
-        "value_range": list(info.value_range),
         "outputs": dict(info.outputs),
     }
     written = {name: info.outputs[name] for name in options.outputs or info.outputs}
@@ -87,7 +87,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     }
     rows = {
         "model": info.fingerprint,
-        "preprocessing": preprocessing.describe(),
+        "preprocessing": pixels,
         "precision": options.precision,
         "vectors": vectors,
         "vector_type": options.vector_type,
@@ -102,7 +102,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         {
             "model_handle": options.model,
             "model_fingerprint": info.fingerprint,
-            "preprocessing": preprocessing.describe(),
+            "preprocessing": pixels,
             "vectors": vectors,
             "precision": options.precision,
             "run_id": run_id,
@@ -129,7 +129,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         resumed = dataset.resume(output, before, rows, options.retry_failures)
     finished = None
     if resumed.kept and not options.dry_run:
-        finished = files.join(output, f"_run-{run_id}", "finished")
+        finished = files.join(output, f"_run-{run_id}.finished")
         files.write_bytes(finished, resumed.digests)
     return Plan(
         tuple(sources),
@@ -152,7 +152,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
             {
                 "options": options.described(),
                 "model": model,
-                "preprocessing": preprocessing.describe(),
+                "preprocessing": pixels,
                 "versions": versions,
                 "warnings": warnings,
             },

@@ -518,8 +518,7 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
     torn = tmp_path / "features" / "part-r2-torn.parquet"
     torn.write_bytes((tmp_path / "features/part-r2-a.parquet").read_bytes()[:-9])
     (tmp_path / "features" / ".tmp-1-part-r2-c.parquet").write_bytes(b"PAR1")
-    (tmp_path / "_run-r2").mkdir()
-    (tmp_path / "_run-r2" / "finished").write_bytes(b"")
+    (tmp_path / "_run-r2.finished").write_bytes(b"")
     (tmp_path / "mine" / "features").mkdir(parents=True)
     (tmp_path / "mine" / "features" / "part-1.parquet").write_bytes(b"not yours")
     found = resumed(tmp_path)
@@ -529,7 +528,7 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
         "features/part-r2-a.parquet",
     )
     assert found.retired == (
-        "_run-r2/finished",
+        "_run-r2.finished",
         "features/.tmp-1-part-r2-c.parquet",
         "features/part-r2-torn.parquet",
     )

@@ -114,6 +114,11 @@ def test_find_takes_a_name_with_brackets_as_it_is_when_it_is_there(tmp_path):
     assert found(tmp_path, "a[1].jpg") == ["a1.jpg"]
 
 
+def test_find_lists_in_the_order_of_names(tmp_path):
+    names = [f"{n:02}/{m}" for n in range(20) for m in "abc"]
+    assert found(tree(tmp_path, *reversed(names))) == names
+
+
 def test_find_tells_sizes_and_absolute_paths(tmp_path, monkeypatch):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "seven").write_bytes(b"1234567")
