@@ -201,12 +201,17 @@ def describe_part(output: str, path: str) -> PartFile:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a resumed run starts from: files that stay, files to delete at the commit, and the
-    digests of what is finished (see `transforms.sources.Finished`)."""
+    """What a resumed run starts from.
+
+    `kept`: files that stay; `retired`: files to delete at the commit. `finished`: digests of the
+    places of all kept rows, and of the keys of the published ones; `again`: of the places of what
+    failed and is to be tried again, whatever its key.
+    """
 
     kept: tuple[str, ...] = ()
     retired: tuple[str, ...] = ()
-    digests: bytes = b""
+    finished: bytes = b""
+    again: bytes = b""
 
 
 def resume(
@@ -228,9 +233,13 @@ def resume(
             "resuming would lose its rows; restore it, or use --if_exists overwrite"
         )
     kept: list[str] = []
-    digests: list[bytes] = []
+    finished: list[bytes] = []
+    again: list[bytes] = []
     for path in sorted(whole):
         if retry_failures and path.startswith(FAILURES):
+            with open_part(output, path) as part:
+                columns = part.read(["source", "record_index"]).to_pydict()
+            again += map(place_digest, columns["source"], columns["record_index"])
             continue
         if path not in published and _DERIVED.search(path):
             continue  # the files it was made of are still there
@@ -244,13 +253,15 @@ def resume(
                     f"{other}; one output would hold two kinds of rows; use the earlier options, "
                     "another --output or --if_exists overwrite"
                 )
-            columns = part.read(["source", "record_index"]).to_pydict()
+            columns = part.read(["key", "source", "record_index"]).to_pydict()
         kept.append(path)
-        digests += map(place_digest, columns["source"], columns["record_index"])
+        finished += map(place_digest, columns["source"], columns["record_index"])
+        if path in published:  # before that, another image of this id may yet come first
+            finished += map(key_digest, columns["key"])
     below = len(files.join(output, ""))
     present = {info.path[below:] for info in files.list_folder(output)}
     retired = sorted(path for path in present - set(kept) if _LEFTOVER.fullmatch(path))
-    return Resumed(tuple(kept), tuple(retired), b"".join(digests))
+    return Resumed(tuple(kept), tuple(retired), b"".join(finished), b"".join(again))
 
 
 def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str | None:
@@ -478,7 +489,8 @@ def _counts(parts: Iterable[PartFile]) -> dict[str, int]:
 
 def _finish(run: Publication, manifest: Mapping[str, Any]) -> None:
     """After the manifest: the marker, then what it no longer names."""
-    files.write_bytes(files.join(run.output, "_SUCCESS"), b"")
+    # Not empty: Beam's s3:// client cannot make an empty object.
+    files.write_bytes(files.join(run.output, "_SUCCESS"), f"{run.run_id}\n".encode())
     _delete(run, manifest["superseded"])
 
 

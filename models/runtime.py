@@ -39,6 +39,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 _has_gpu = Path("/dev/nvidiactl").exists()  # there its messages matter
 with _without_chatter():
     import tensorflow as tf
+    from tensorflow.core.framework import variable_pb2
     from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
     from tensorflow.python.framework.convert_to_constants import (
         convert_variables_to_constants_v2,
@@ -58,4 +59,5 @@ __all__ = [
     "meta_graph_pb2",
     "saved_model_pb2",
     "tf",
+    "variable_pb2",
 ]

@@ -46,7 +46,8 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         | ReadImages(plan.reading, plan.limit, plan.finished)
     )
     decoded = read.images | DecodeImages(plan.preprocessing)
-    extracted = decoded.images | ExtractFeatures(FrozenModelHandler(plan.model, plan.batch_size))
+    handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype)
+    extracted = decoded.images | ExtractFeatures(handler)
 
     features = extracted.features | WriteFeatures(
         *to, plan.table, run.compression, plan.rows_per_file

@@ -52,7 +52,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
 
     from models.loading import Hints, LoadSpec, default_batch_size, load
     from pipeline.graph import Plan
-    from transforms.sources import Reading
+    from transforms.sources import Finished, Reading
 
     wanted = set(options.outputs) | ({"logits"} if options.top_k and options.outputs else set())
     handle = options.model
@@ -130,7 +130,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     finished = None
     if resumed.kept and not options.dry_run:
         finished = files.join(output, f"_run-{run_id}.finished")
-        files.write_bytes(finished, resumed.digests)
+        Finished.write(finished, resumed.finished, resumed.again)
     return Plan(
         tuple(sources),
         Reading(keys, types, options.max_image_bytes, options.on_damage),

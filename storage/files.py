@@ -295,7 +295,7 @@ def check_writable(folder: str) -> None:
             path = Path(folder)
             made = [p for p in [path, *path.parents] if not p.exists()]
             path.mkdir(parents=True, exist_ok=True)
-        write_bytes(probe, b"")
+        write_bytes(probe, b"probe")
         delete([probe])
     except Exception as error:  # Beam's stores raise classes of their own
         raise RequestError(

@@ -356,7 +356,7 @@ def test_the_first_commit(tmp_path):
     assert manifest["failures_by"] == {"decode/CorruptImage": 1}
     assert manifest["timing"] == {"seconds": 1.0}
     assert [entry["path"] for entry in manifest["files"]] == sorted(part.path for part in parts)
-    assert (tmp_path / "_SUCCESS").read_bytes() == b""
+    assert (tmp_path / "_SUCCESS").read_bytes() == b"r1\n"
 
 
 def test_an_empty_run_is_complete(tmp_path):
@@ -508,6 +508,10 @@ def places(images):
     return b"".join(place_digest(source, index) for _, source, index in images)
 
 
+def keys(images):
+    return b"".join(dataset.key_digest(key) for key, *_ in images)
+
+
 def test_resuming_nothing(tmp_path):
     assert resume(str(tmp_path / "new"), None, ROWS, False) == dataset.Resumed()
 
@@ -532,7 +536,12 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
         "features/.tmp-1-part-r2-c.parquet",
         "features/part-r2-torn.parquet",
     )
-    assert found.digests == places(images(3)) + places(images(0, 1, 2)) + places(images(4))
+    published_ones = (
+        places(images(3)) + keys(images(3)),
+        places(images(0, 1, 2)) + keys(images(0, 1, 2)),
+    )
+    assert found.finished == b"".join(published_ones) + places(images(4))
+    assert found.again == b""
     run = publication(
         tmp_path, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
     )
@@ -550,7 +559,8 @@ def test_failures_that_are_tried_again_are_replaced(tmp_path):
     first_run(tmp_path)
     found = resumed(tmp_path, retry=True)
     assert found.kept == ("features/part-r1-a.parquet",)
-    assert found.digests == places(images(0, 1, 2))
+    assert found.finished == places(images(0, 1, 2)) + keys(images(0, 1, 2))
+    assert found.again == places(images(3))
     run = publication(
         tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
     )

@@ -413,6 +413,17 @@ def test_resume_adds_what_is_new_and_keeps_failures(tmp_path, job):
     assert_true_manifest(third)
 
 
+def test_resume_knows_ids_in_other_shards(tmp_path, job):
+    examples = [{"image/encoded": d, "id": n.encode()} for n, d in different(4).items()]
+    job(write_tfrecord(tmp_path / "a-00000-of-00001", examples), id_key="id")
+    write_tfrecord(tmp_path / "b-00000-of-00002", examples[:2])
+    examples.append({"image/encoded": jpeg(90, 90), "id": b"new"})
+    write_tfrecord(tmp_path / "b-00001-of-00002", examples[2:])
+    ran = job(tmp_path / "b-*", id_key="id", if_exists="resume")
+    assert (ran.line["features"], ran.line["skipped"], ran.line["failures"]) == (1, 4, 0)
+    assert list(ran.rows("features")) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "new"]
+
+
 def test_resume_refuses_other_options(tmp_path, job):
     folder = write_pictures(tmp_path / "in", different(1))
     job(folder)

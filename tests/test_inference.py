@@ -265,3 +265,14 @@ def test_a_picture_gets_the_same_vectors_in_whatever_batch():
     alone, _, _ = run([7])
     assert dataclasses.asdict(results[3])["sha256"] == alone[0].sha256
     np.testing.assert_array_equal(results[3].vectors["logits"], alone[0].vectors["logits"])
+
+
+def test_what_float16_cannot_hold_is_a_failure_not_an_infinity():
+    class Large(Model):
+        def __call__(self, pixels):
+            return {name: rows * 1000 for name, rows in super().__call__(pixels).items()}
+
+    largest = float(np.finfo("float16").max)
+    results, _ = infer_batch([image(v) for v in (1, 60, 32, 33)], Large(), 4, largest)
+    assert failed(results) == [60, 33]  # 2 x 33 x 1000 is beyond 65504
+    assert {r.error_class for r in results if isinstance(r, Failure)} == {"NotFinite"}

@@ -13,7 +13,7 @@ import pytest
 from beams import pipe
 
 from formats import inputs
-from formats.dataset import place_digest
+from formats.dataset import key_digest, place_digest
 from formats.example import ExampleKeys, ExampleTypes, serialize_example
 from formats.inputs import IMAGES, TFRECORD, Source, Unit
 from formats.records import Failure, ImageRecord, ImageRef
@@ -268,7 +268,8 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path):
 def test_what_is_finished_is_skipped_and_counted(tmp_path, monkeypatch):
     t, i = tmp_path / "t", tmp_path / "i"
     done = [(f"{t}/a", 0), (f"{t}/b", 1), (f"{i}/x", None), (f"{i}/y", None), ("elsewhere", 0)]
-    finished = write(tmp_path / "f", b"".join(place_digest(*place) for place in done))
+    finished = str(tmp_path / "f")
+    Finished.write(finished, b"".join(place_digest(*place) for place in done), b"")
     opened = []
     read_bytes = files.read_bytes
     monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
@@ -307,15 +308,24 @@ def record(source, index, key="k"):
     return ImageRecord(ImageRef(key, source, index), b"")
 
 
-def test_finished_knows_places_and_nothing_else():
+def test_finished_knows_places():
     places = [(f"s{n % 7}", n) for n in range(500)] + [("file", None)]
     finished = Finished(b"".join(place_digest(*place) for place in places))
     assert all(record(*place) in finished for place in places)
     assert Failure("k", "file", None, "read", "E", "m") in finished
     for source, index in [("s0", 1), ("file", 0), ("file\nNone", None), ("s7", 7)]:
         assert record(source, index) not in finished
-    # another image with a finished one's id is not finished: it must end somewhere too
-    assert record("new", 0, key="s0") not in finished
+
+
+def test_finished_knows_published_keys_but_for_what_is_tried_again(tmp_path):
+    path = str(tmp_path / "f")
+    Finished.write(path, key_digest("id") + place_digest("old", 0), place_digest("loser", 3))
+    finished = Finished.read(path)
+    assert record("old", 0, key="other") in finished
+    assert record("elsewhere", 7, key="id") in finished  # the same data under another name
+    assert record("loser", 3, key="id") not in finished  # a DuplicateKey failure, to be told again
+    assert record("elsewhere", 7, key="new") not in finished
+    assert record("elsewhere", 7, key="id") not in Finished.read(None)
 
 
 def test_nothing_is_finished_at_first():

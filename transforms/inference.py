@@ -21,7 +21,10 @@ Vectors = Mapping[str, np.ndarray]
 
 
 def infer_batch(
-    images: Sequence[DecodedImage], model: LoadedModel, batch_size: int
+    images: Sequence[DecodedImage],
+    model: LoadedModel,
+    batch_size: int,
+    largest: float = float("inf"),
 ) -> tuple[list[Features | Failure], int]:
     """Features or Failure for each of `images`, in order, and the batch size that memory allowed.
 
@@ -58,9 +61,11 @@ def infer_batch(
                 results[rows[0]] = _failure(images[rows[0]], reason)
         else:
             for at, row in enumerate(rows):
-                results[row] = _features(images[row], {k: v[at] for k, v in vectors.items()})
+                results[row] = _features(
+                    images[row], {k: v[at] for k, v in vectors.items()}, largest
+                )
     if fitting and all(isinstance(results[i], Failure) for i in fitting):
-        _probe(model, size, images[fitting[0]])
+        _probe(model, size, images[fitting[0]], largest)
     return [result for result in results if result is not None], size
 
 
@@ -84,12 +89,17 @@ def _misfit(image: DecodedImage, model: LoadedModel) -> Failure | None:
     return _failure(image, ImageError("WrongPixels", message))
 
 
-def _wild(vectors: Vectors) -> list[str]:
-    return [name for name, values in vectors.items() if not np.isfinite(values).all()]
+def _wild(vectors: Vectors, largest: float) -> list[str]:
+    """The vectors that hold NaN, infinity, or a value beyond `largest` either way."""
+    return [
+        name
+        for name, values in vectors.items()
+        if not (np.isfinite(values).all() and np.abs(values).max() <= largest)
+    ]
 
 
-def _features(image: DecodedImage, vectors: Vectors) -> Features | Failure:
-    wild = _wild(vectors)
+def _features(image: DecodedImage, vectors: Vectors, largest: float) -> Features | Failure:
+    wild = _wild(vectors, largest)
     if wild:
         message = f"the model's {' and '.join(wild)} of this picture is not finite"
         return _failure(image, ImageError("NotFinite", message))
@@ -100,11 +110,11 @@ def _failure(image: DecodedImage, reason: ImageError) -> Failure:
     return Failure.of(image.ref, "infer", reason, image.sha256, image.bytes)
 
 
-def _probe(model: LoadedModel, size: int, image: DecodedImage) -> None:
+def _probe(model: LoadedModel, size: int, image: DecodedImage, largest: float) -> None:
     """Tell a broken model from a poisonous batch, by a grey picture."""
     side = model.info.image_size
     try:
-        wild = _wild(run_padded(model, [np.full((side, side, 3), 127, np.uint8)], size))
+        wild = _wild(run_padded(model, [np.full((side, side, 3), 127, np.uint8)], size), largest)
         reason = f"its {' and '.join(wild)} is not finite" if wild else None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error)[:300]}"
@@ -116,10 +126,14 @@ def _probe(model: LoadedModel, size: int, image: DecodedImage) -> None:
 
 
 class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedModel]):
-    """Loads a model of either hub format as one frozen function and runs it on fixed batches."""
+    """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
-    def __init__(self, spec: LoadSpec, batch_size: int):
+    `dtype`: the type in which vectors will be written; what it cannot hold is a failure.
+    """
+
+    def __init__(self, spec: LoadSpec, batch_size: int, dtype: str = "float32"):
         super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
+        self._largest = float(np.finfo(dtype).max)
         self._spec = spec
         self._batch_size = batch_size
 
@@ -134,7 +148,7 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedMo
         inference_args: dict[str, Any] | None = None,
     ) -> list[Features | Failure]:
         """One result an image, in order. See `infer_batch`."""
-        results, size = infer_batch(batch, model, self._batch_size)
+        results, size = infer_batch(batch, model, self._batch_size, self._largest)
         if size < self._batch_size:
             inc_counter("ExtractFeatures", "batch_halvings")
             self._batch_size = size

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from formats import example, inputs, tfrecord
-from formats.dataset import place_digest
+from formats.dataset import key_digest, place_digest
 from formats.inputs import Source, Unit
 from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
 from formats.table import utf8
@@ -129,28 +129,51 @@ _ORDER = np.dtype([("a", "<u8"), ("b", "<u8")])  # a digest as two numbers, to s
 
 
 class Finished:
-    """What earlier runs have finished, as one sorted array of digests.
+    """What need not be done: digests of places and keys (see `formats.dataset.Resumed`).
 
-    Holds a digest of every place (source and record index), 16 bytes a row; look-up by bisection.
-    Keys do not count: another image with a finished one's id must end somewhere too.
+    16 bytes each; look-up by bisection.
     """
 
-    def __init__(self, digests: bytes):
-        self._sorted = np.sort(np.frombuffer(digests, _ORDER), order="a")
+    def __init__(self, finished: bytes = b"", again: bytes = b""):
+        self._finished = _sorted(finished)
+        self._again = _sorted(again)
+
+    @classmethod
+    def read(cls, path: str | None) -> Finished:
+        """What `write` put at `path`; nothing for None."""
+        data = files.read_bytes(path) if path else bytes(8)
+        end = 8 + int.from_bytes(data[:8], "little")
+        return cls(data[8:end], data[end:])
+
+    @staticmethod
+    def write(path: str, finished: bytes, again: bytes) -> None:
+        """Store the digests for the workers."""
+        files.write_bytes(path, len(finished).to_bytes(8, "little") + finished + again)
 
     def __contains__(self, item: ImageRecord | Failure) -> bool:
         at = item if isinstance(item, Failure) else item.ref
-        return self.holds(at.source, at.record_index)
+        return self.holds(at.key, at.source, at.record_index)
 
-    def holds(self, source: str, index: int | None) -> bool:
-        """Whether the image at this place is finished."""
-        wanted = np.frombuffer(place_digest(source, index), _ORDER)[0]
-        at = int(np.searchsorted(self._sorted["a"], wanted["a"]))
-        while at < len(self._sorted) and self._sorted[at]["a"] == wanted["a"]:
-            if self._sorted[at]["b"] == wanted["b"]:
-                return True
-            at += 1
-        return False
+    def holds(self, key: str, source: str, index: int | None) -> bool:
+        """Whether the image of this key at this place is finished."""
+        place = place_digest(source, index)
+        if _among(self._again, place):
+            return False
+        return _among(self._finished, place) or _among(self._finished, key_digest(key))
+
+
+def _sorted(digests: bytes) -> np.ndarray:
+    return np.sort(np.frombuffer(digests, _ORDER), order="a")
+
+
+def _among(digests: np.ndarray, digest: bytes) -> bool:
+    wanted = np.frombuffer(digest, _ORDER)[0]
+    at = int(np.searchsorted(digests["a"], wanted["a"]))
+    while at < len(digests) and digests[at]["a"] == wanted["a"]:
+        if digests[at]["b"] == wanted["b"]:
+            return True
+        at += 1
+    return False
 
 
 class _ReadUnits(beam.DoFn):
@@ -159,13 +182,17 @@ class _ReadUnits(beam.DoFn):
         self._finished_path = finished
 
     def setup(self) -> None:
-        path = self._finished_path
-        self._finished = Finished(files.read_bytes(path) if path else b"")
+        self._finished = Finished.read(self._finished_path)
 
     def process(self, unit: Unit) -> Iterator[Any]:
         skipped = 0
         if unit.format == inputs.IMAGES:  # their places are known before they are read
-            waiting = [f for f in unit.files if not self._finished.holds(utf8(f.path) or "", None)]
+            names = [utf8(file.path) or "" for file in unit.files]
+            waiting = [
+                file
+                for name, file in zip(names, unit.files, strict=True)
+                if not self._finished.holds(name, name, None)
+            ]
             skipped = len(unit.files) - len(waiting)
             unit = dataclasses.replace(unit, files=tuple(waiting))
         for item in READERS[unit.format](unit, self._how):
