@@ -74,7 +74,7 @@ def _extract(tar: tarfile.TarFile, directory: Path) -> None:
         target = directory / name
         if member.isdir():
             target.mkdir(parents=True, exist_ok=True)
-        elif member.isreg():
+        elif member.isreg() and not member.issparse():  # a sparse one unpacks to any size
             target.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)
             assert source is not None
@@ -83,4 +83,4 @@ def _extract(tar: tarfile.TarFile, directory: Path) -> None:
             if target.stat().st_size != member.size:
                 raise ArchiveError(f"member {member.name[:100]!r} was cut")
         else:
-            raise ArchiveError(f"member {member.name[:100]!r} is neither file nor folder")
+            raise ArchiveError(f"member {member.name[:100]!r} is neither a plain file nor a folder")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from models.graphs import node_name, port
 from models.runtime import tf
 
 
@@ -16,19 +17,20 @@ def fingerprint(graph: Any, outputs: Mapping[str, str]) -> str:
     """
     nodes = {node.name: node for node in graph.node}
     digests: dict[str, bytes] = {}
+    opened: set[str] = set()
     stack = [node_name(name) for name in outputs.values()]
     while stack:
         node = nodes[stack[-1]]
-        waiting = [name for name in map(node_name, node.input) if name not in digests]
-        if waiting:
-            stack += waiting
+        if node.name not in opened:
+            opened.add(node.name)
+            stack += [name for name in map(node_name, node.input) if name not in opened]
             continue
         stack.pop()
         if node.name not in digests:
             digests[node.name] = _node_digest(node, digests)
     total = hashlib.sha256()
     for role, name in sorted(outputs.items()):
-        total.update(f"{role} {_port(name)} ".encode() + digests[node_name(name)])
+        total.update(f"{role} {port(name)} ".encode() + digests[node_name(name)])
     return total.hexdigest()
 
 
@@ -43,14 +45,6 @@ def _node_digest(node: Any, digests: Mapping[str, bytes]) -> bytes:
         elif not name.startswith("_"):
             hasher.update(name.encode() + node.attr[name].SerializeToString(deterministic=True))
     for name in node.input:
-        hasher.update(_port(name).encode() + digests[node_name(name)])
+        # A node that is still open is where a loop closes.
+        hasher.update(port(name).encode() + digests.get(node_name(name), b"loop"))
     return hasher.digest()
-
-
-def node_name(tensor: str) -> str:
-    """The node of a tensor's name: `a:1` and `^a` are of `a`."""
-    return tensor.removeprefix("^").partition(":")[0]
-
-
-def _port(tensor: str) -> str:
-    return "^" if tensor.startswith("^") else tensor.partition(":")[2] or "0"

@@ -1,108 +1,124 @@
-"""Batch norm folded into the convolutions before it, once, instead of computed for each image.
+"""The same function in fewer operations, on any device.
 
-`bn(conv(x, w)) = conv(x, w s) + (beta - mean s)` with `s = gamma / sqrt(variance + epsilon)`.
+Batch norm goes into the convolution before it: `bn(conv(x, w)) = conv(x, w s) + (beta - mean s)`
+with `s = gamma / sqrt(variance + epsilon)`. A ReLU of a concatenation becomes one of each part,
+where most parts have their own already or can have it for nothing.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from models.fingerprint import node_name
-from models.runtime import tf
+from models.graphs import Graph, node_name, port
 
 _BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
 
-def fold_batch_norms(graph: Any) -> Any:
-    """A GraphDef that computes the same as `graph`, a frozen one, with fewer operations.
+def fold(graph_def: Any, outputs: tuple[str, ...]) -> Any:
+    """A GraphDef whose nodes `outputs` compute the same as in `graph_def`, a frozen one.
 
-    Folds where the batch norm's parameters are constants and its input is a convolution, or several
-    concatenated, that nothing else reads. Computed in float64, stored in the weights' type.
+    Weights are folded in float64 and stored in their own type.
     """
-    folded = type(graph)()
-    folded.CopyFrom(graph)
-    folder = _Folder(folded)
-    for node in list(folded.node):
+    graph = Graph(graph_def, outputs)
+    graph.bypass_identities()
+    readers = graph.readers()
+    for node in list(graph.nodes.values()):
         if node.op in _BATCH_NORMS and not node.attr["is_training"].b:
-            folder.fold(node)
-    return folded
+            _fold_batch_norm(graph, node, readers)
+    graph.bypass_identities()
+    _push_relus(graph)
+    return graph.to_def()
 
 
-class _Folder:
-    def __init__(self, graph: Any):
-        self.graph = graph
-        self.nodes = {node.name: node for node in graph.node}
-        self.readers = Counter(node_name(name) for node in graph.node for name in node.input)
-        self.ports = {
-            node_name(name)
-            for node in graph.node
-            for name in node.input
-            if ":" in name and not name.endswith(":0")
-        }
-
-    def fold(self, norm: Any) -> None:
-        """Turn `norm` into an identity, where it can be folded."""
-        parameters = [self.constant(name) for name in norm.input[1:5]]
-        convs = self.convolutions(norm.input[0])
-        if norm.name in self.ports or not convs or any(p is None for p in parameters):
-            return
-        gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
-        scale = gamma / np.sqrt(variance + norm.attr["epsilon"].f)
-        bias = beta - mean * scale
-        start = 0
-        for conv in convs:
-            stop = start + self.width(conv)
-            self.scale(conv, scale[start:stop], bias[start:stop])
-            start = stop
-        kind = norm.attr["T"].type
-        del norm.input[1:]
-        norm.op = "Identity"
-        norm.attr.clear()
-        norm.attr["T"].type = kind
-
-    def convolutions(self, name: str) -> list[Any]:
-        """The convolutions whose results, concatenated, are the tensor `name`; else none."""
-        node = self.nodes[node_name(name)]
-        if self.readers[node.name] != 1:
-            return []
-        if node.op == "ConcatV2":
-            axis = self.constant(node.input[-1])
-            parts = [self.convolutions(part) for part in node.input[:-1]]
-            last = axis is not None and int(axis) in (3, -1)
-            return [conv for part in parts for conv in part] if last and all(parts) else []
-        plain = node.op == "Conv2D" and node.attr["data_format"].s in (b"NHWC", b"")
-        return [node] if plain and self.constant(node.input[1]) is not None else []
-
-    def width(self, conv: Any) -> int:
-        kernel = self.constant(conv.input[1])
+def _fold_batch_norm(graph: Graph, norm: Any, readers: dict[str, list[Any]]) -> None:
+    """Make `norm` an identity, where its parameters are constants and convolutions come before."""
+    parameters = [graph.constant(name) for name in norm.input[1:5]]
+    convs = _convolutions(graph, norm.input[0], readers)
+    statistics_read = any(
+        node_name(name) == norm.name and port(name) != "0"
+        for reader in readers[norm.name]
+        for name in reader.input
+    )
+    if statistics_read or not convs or any(p is None for p in parameters):
+        return
+    gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
+    scale = gamma / np.sqrt(variance + norm.attr["epsilon"].f)
+    bias = beta - mean * scale
+    start = 0
+    for conv in convs:
+        kernel = graph.constant(conv.input[1])
         assert kernel is not None
-        return int(kernel.shape[-1])
+        stop = start + kernel.shape[-1]
+        _scale(graph, conv, kernel, scale[start:stop], bias[start:stop])
+        start = stop
+    kind = norm.attr["T"].type
+    del norm.input[1:]
+    norm.op = "Identity"
+    norm.attr.clear()
+    norm.attr["T"].type = kind
 
-    def constant(self, name: str) -> np.ndarray | None:
-        node = self.nodes[node_name(name)]
-        while node.op == "Identity":
-            node = self.nodes[node_name(node.input[0])]
-        return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
 
-    def scale(self, conv: Any, scale: np.ndarray, bias: np.ndarray) -> None:
-        """Scale the kernel of `conv` and put a bias behind it, under the name it had."""
-        kernel = self.constant(conv.input[1])
-        assert kernel is not None
-        name = conv.name
-        weights = self.add_constant(f"{name}/folded", (kernel * scale).astype(kernel.dtype))
-        offset = self.add_constant(f"{name}/bias", bias.astype(kernel.dtype))
-        biased = self.graph.node.add(op="BiasAdd", name=name, input=[f"{name}/conv", offset])
-        biased.attr["T"].CopyFrom(conv.attr["T"])
-        conv.name = f"{name}/conv"
-        conv.input[1] = weights
-        self.nodes |= {biased.name: biased, conv.name: conv}
+def _convolutions(graph: Graph, tensor: str, readers: dict[str, list[Any]]) -> list[Any]:
+    """The convolutions whose results, concatenated, are `tensor` and nothing else; or none."""
+    node = graph.producer(tensor)
+    if len(readers[node.name]) != 1 or node.name in graph.keep:
+        return []
+    if node.op == "ConcatV2":
+        axis = graph.constant(node.input[-1])
+        parts = [_convolutions(graph, part, readers) for part in node.input[:-1]]
+        last = axis is not None and int(axis) in (3, -1)
+        return [conv for part in parts for conv in part] if last and all(parts) else []
+    plain = node.op == "Conv2D" and node.attr["data_format"].s in (b"NHWC", b"")
+    return [node] if plain and graph.constant(node.input[1]) is not None else []
 
-    def add_constant(self, name: str, value: np.ndarray) -> str:
-        node = self.graph.node.add(op="Const", name=name)
-        node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
-        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
-        self.nodes[name] = node
-        return name
+
+def _scale(
+    graph: Graph, conv: Any, kernel: np.ndarray, scale: np.ndarray, bias: np.ndarray
+) -> None:
+    """Scale the kernel of `conv` and put a bias behind it, under the name that it had."""
+    name = conv.name
+    del graph.nodes[name]
+    conv.name = f"{name}/conv"
+    conv.input[1] = graph.add_constant(f"{name}/kernel", (kernel * scale).astype(kernel.dtype))
+    graph.nodes[conv.name] = conv
+    offset = graph.add_constant(f"{name}/bias", bias.astype(kernel.dtype))
+    graph.add("BiasAdd", name, [conv.name, offset]).attr["T"].CopyFrom(conv.attr["T"])
+
+
+def _push_relus(graph: Graph) -> None:
+    """Put ReLUs before the concatenations that only they read, one for each tensor."""
+    readers = graph.readers()
+    relus: dict[str, str] = {}
+
+    def relu_of(tensor: str, kind: Any) -> str:
+        if tensor not in relus:
+            name = f"{node_name(tensor)}/relu{port(tensor)}"
+            graph.add("Relu", name, [tensor]).attr["T"].CopyFrom(kind)
+            relus[tensor] = name
+        return relus[tensor]
+
+    found = [node for node in graph.nodes.values() if node.op == "Relu"]
+    for relu in found:
+        if relu.name not in graph.keep:
+            relus.setdefault(relu.input[0], relu.name)
+    for relu in found:
+        concat = graph.producer(relu.input[0])
+        only_relus = all(reader.op == "Relu" for reader in readers[concat.name])
+        if concat.op != "ConcatV2" or not only_relus or concat.name in graph.keep:
+            continue
+        *parts, axis = concat.input
+        relu.input[:] = [*(relu_of(part, relu.attr["T"]) for part in parts), axis]
+        relu.op = "ConcatV2"
+        kind = relu.attr["T"].type
+        relu.attr.clear()
+        for name in ("T", "N", "Tidx"):
+            relu.attr[name].CopyFrom(concat.attr[name])
+        assert relu.attr["T"].type == kind
+    for relu in found:  # the same ReLU of one tensor is computed once
+        first = relus.get(relu.input[0])
+        if relu.op == "Relu" and first not in (None, relu.name) and relu.name not in graph.keep:
+            relu.input[:] = [first]
+            relu.op = "Identity"
+    graph.bypass_identities()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from models.handles import HUB_V1, model_format
 from models.runtime import convert_variables_to_constants_v2, saved_model_pb2, tf
@@ -20,7 +21,9 @@ from storage.errors import RequestError
 
 EMBEDDING, LOGITS = "embedding", "logits"
 HUB_V1_SIGNATURES = {EMBEDDING: "image_feature_vector", LOGITS: "image_classification"}
-_LINEAR_TAIL = {"Identity", "BiasAdd", "Add", "AddV2", "StopGradient", "Squeeze", "Reshape"}
+_SUMS = {"Add", "AddV2"}
+_LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", *_SUMS}
+_SIZES = {"Shape", "Size"}
 _MAPS = {"Mul", "RealDiv", "Sub", "Add", "AddV2"}
 
 
@@ -74,26 +77,46 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
     except Exception as error:  # TensorFlow's loader raises what its parsers happen to raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"--model {directory}: cannot be loaded ({reason})") from error
-    named = dict(zip(tensors, frozen.outputs, strict=True))
-    outputs = named if kind == HUB_V1 else _roles(directory, named)
-    shape = frozen.inputs[0].shape.as_list()
+    image = frozen.inputs[0]
+    shape = image.shape.as_list() if image.shape.rank == 4 else [None]
     size = _image_size(directory, shape, hints, _attached_size(proto) if kind == HUB_V1 else None)
+    graph = frozen.graph.as_graph_def()
+    inputs = tuple(t.name for t in frozen.inputs)
+    found = [t.name for t in frozen.outputs]
+    named = dict(zip(tensors, _at_size(graph, inputs, found, size), strict=True))
+    outputs = named if kind == HUB_V1 else _roles(directory, named)
+    for role, tensor in outputs.items():
+        if not _is_vector(tensor):
+            raise ModelError(f"--model {directory}: its {role} is no vector, but {tensor.shape}")
     return Frozen(
-        frozen.graph.as_graph_def(),
-        tuple(t.name for t in frozen.inputs),
+        graph,
+        inputs,
         {role: t.name for role, t in outputs.items()},
         {role: int(t.shape[-1]) for role, t in outputs.items()},
         kind,
         size,
-        _value_range(directory, frozen.inputs[0], hints, kind),
+        _value_range(directory, image, hints, kind),
         signatures,
     )
 
 
+def _at_size(graph: Any, inputs: Sequence[str], names: Sequence[str], size: int) -> list[tf.Tensor]:
+    """The tensors `names` of `graph` with the shapes that they have for pictures of `size`."""
+    with tf.Graph().as_default():
+        with tf.name_scope("at_size"):
+            images = tf.compat.v1.placeholder(tf.float32, [None, size, size, 3])
+        return tf.graph_util.import_graph_def(
+            graph, input_map=dict.fromkeys(inputs, images), return_elements=names, name=""
+        )
+
+
 def read_proto(directory: str) -> Any:
-    """The SavedModel message of a model directory."""
-    with open(os.path.join(directory, "saved_model.pb"), "rb") as stream:
-        return saved_model_pb2.SavedModel.FromString(stream.read())
+    """The SavedModel message of a model directory. Raises ModelError."""
+    try:
+        with open(os.path.join(directory, "saved_model.pb"), "rb") as stream:
+            return saved_model_pb2.SavedModel.FromString(stream.read())
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"--model {directory}: cannot be loaded ({error})") from None
 
 
 # --- TF2 ---------------------------------------------------------------------------------------
@@ -142,34 +165,59 @@ def _entry(directory: str, loaded: Any) -> Any:
 def _roles(directory: str, named: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Which tensor is the embedding and which the logits.
 
-    Where names do not tell: what a last dense layer (or 1x1 convolution) makes, before a softmax,
-    is logits, and what goes into that layer is the embedding; any other vector is an embedding.
+    Where names do not tell: what a last dense layer (or 1x1 convolution) makes, and what goes into
+    a softmax, is logits, and what goes into that layer is the embedding; any other vector is an
+    embedding.
     """
-    vectors = {name: t for name, t in named.items() if t.shape.rank == 2 and t.shape[1]}
+    vectors = {name: tensor for name, tensor in named.items() if _is_vector(tensor)}
     if not vectors:
         shapes = ", ".join(f"{name} {t.shape}" for name, t in named.items())
         raise ModelError(f"--model {directory}: no output is one vector an image ({shapes})")
     found = {name: vectors[name] for name in (EMBEDDING, LOGITS) if name in vectors}
     for tensor in vectors.values():
-        before_softmax = tensor.op.inputs[0] if tensor.op.type == "Softmax" else tensor
-        features = _dense_input(before_softmax)
-        if features is None:
+        before_softmax = _softmax_input(tensor)
+        logits = tensor if before_softmax is None else before_softmax
+        features = _dense_input(logits)
+        if features is None and before_softmax is None:
             found.setdefault(EMBEDDING, tensor)
         else:
-            found.setdefault(LOGITS, before_softmax)
-            if EMBEDDING not in vectors:
+            found.setdefault(LOGITS, logits)
+            if EMBEDDING not in vectors and features is not None:
                 found.setdefault(EMBEDDING, features)
     return {name: found[name] for name in (EMBEDDING, LOGITS) if name in found}
+
+
+def _is_vector(tensor: tf.Tensor) -> bool:
+    """Whether `tensor` is float32 [N, width] or [N, 1, 1, width]."""
+    shape = tensor.shape
+    square = shape.rank == 2 or (shape.rank == 4 and shape[1:3] == [1, 1])
+    return tensor.dtype == tf.float32 and square and bool(shape[-1])
+
+
+def _softmax_input(tensor: tf.Tensor) -> tf.Tensor | None:
+    """What goes into the softmax that `tensor` is, in whatever shape; None if it is none."""
+    while tensor.op.type in ("Identity", "Reshape", "Squeeze"):
+        tensor = tensor.op.inputs[0]
+    if tensor.op.type != "Softmax":
+        return None
+    tensor = tensor.op.inputs[0]
+    while not _is_vector(tensor) and tensor.op.type in ("Identity", "Reshape"):
+        tensor = tensor.op.inputs[0]
+    return tensor if _is_vector(tensor) else None
 
 
 def _dense_input(tensor: tf.Tensor) -> tf.Tensor | None:
     """What goes into the dense layer whose result, with its bias, is `tensor`; None if none is."""
     while tensor.op.type in _LINEAR_TAIL:
-        tensor = tensor.op.inputs[0]
-    if tensor.op.type == "MatMul":
-        return tensor.op.inputs[0]
-    if tensor.op.type == "Conv2D" and tensor.op.inputs[0].shape[1:3] == [1, 1]:
-        return tensor.op.inputs[0]
+        parts = tensor.op.inputs
+        if tensor.op.type in _SUMS:
+            parts = [part for part in parts if _depends_on_input(part)]
+            if len(parts) != 1:
+                return None
+        tensor = parts[0]
+    features = tensor.op.inputs[0] if tensor.op.inputs else tensor
+    if tensor.op.type == "MatMul" or (tensor.op.type == "Conv2D" and features.shape[1:3] == [1, 1]):
+        return features if _is_vector(features) else None
     return None
 
 
@@ -244,12 +292,12 @@ def _fields(message: bytes) -> dict[int, Any]:
 def _image_size(
     directory: str, shape: Sequence[int | None], hints: Hints, attached: int | None
 ) -> int:
-    _, height, width, channels = shape
-    if channels not in (3, None) or height != width:
+    if len(shape) != 4 or shape[3] not in (3, None) or shape[1] != shape[2]:
         raise ModelError(
             f"--model {directory}: takes pictures of {list(shape[1:])}; only square RGB ones can "
             "be given"
         )
+    height = shape[1]
     if height is not None and hints.image_size not in (None, height):
         raise ModelError(f"--image_size {hints.image_size}: the model takes {height} only")
     size = height or hints.image_size or attached
@@ -264,17 +312,19 @@ def _image_size(
 def _value_range(directory: str, image: tf.Tensor, hints: Hints, kind: str) -> tuple[float, float]:
     """The range of pixel values that the model takes, by what it does to them first.
 
-    Networks work on values of the order of one. What maps [0, 1] there takes [0, 1], what maps
-    [0, 255] there takes [0, 255]. TF1 modules keep the hub's convention for images, [0, 1].
+    Networks work on values of the order of one, or of pixels less their mean: what maps [0, 1]
+    there takes [0, 1], what maps [0, 255] there takes [0, 255]. TF1 modules keep the hub's
+    convention for images, [0, 1].
     """
     if hints.value_range is not None:
         return hints.value_range
     scale, offset = _first_map(image)
     if (scale, offset) != (1.0, 0.0):
-        if 0.5 <= abs(scale) <= 10 and abs(offset) <= 10:
-            return 0.0, 1.0
-        if 0.5 <= abs(scale) * 255 <= 10 or abs(offset) > 10:
-            return 0.0, 255.0
+        for narrow, wide in ((0.5, 10.0), (100.0, 600.0)):
+            for high in (1.0, 255.0):
+                width = abs(scale) * high
+                if narrow <= width <= wide and abs(offset) <= 2 * width:
+                    return 0.0, high
     if kind == HUB_V1:
         return 0.0, 1.0
     raise ModelError(
@@ -288,7 +338,7 @@ def _first_map(image: tf.Tensor) -> tuple[float, float]:
     that the image goes through before anything else."""
     scale, offset = 1.0, 0.0
     while True:
-        consumers = image.consumers()
+        consumers = [op for op in image.consumers() if op.type not in _SIZES]
         if len(consumers) != 1:
             return scale, offset
         (op,) = consumers
@@ -298,6 +348,8 @@ def _first_map(image: tf.Tensor) -> tuple[float, float]:
         other = [_constant(t) for t in op.inputs if t is not image]
         if op.type not in _MAPS or len(other) != 1 or other[0] is None:
             return scale, offset
+        if op.type in ("Sub", "RealDiv") and op.inputs[0] is not image:
+            return scale, offset
         value = float(np.mean(other[0]))
         if op.type == "Mul":
             scale, offset = scale * value, offset * value
@@ -306,6 +358,19 @@ def _first_map(image: tf.Tensor) -> tuple[float, float]:
         else:
             offset += -value if op.type == "Sub" else value
         image = op.outputs[0]
+
+
+def _depends_on_input(tensor: tf.Tensor) -> bool:
+    seen = {tensor.op}
+    stack = [tensor.op]
+    while stack:
+        op = stack.pop()
+        if op.type == "Placeholder":
+            return True
+        new = {t.op for t in op.inputs} - seen
+        seen |= new
+        stack += new
+    return False
 
 
 def _constant(tensor: tf.Tensor) -> np.ndarray | None:

@@ -8,6 +8,7 @@ want one model both fetch it, and the second finds the first's in place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
@@ -17,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from models.archives import ArchiveError, unpack
@@ -31,13 +32,20 @@ _MARKERS = {"tfhub_module.pb": HUB_V1, "saved_model.pb": SAVED_MODEL, PREPARED_F
 _KAGGLE = re.compile(
     r"https?://(?:www\.)?kaggle\.com/(?:api/v1/)?models/(?P<owner>[^/?]+)/(?P<model>[^/?]+)/"
     r"(?:frameworks/)?(?P<framework>[^/?]+)/(?:variations/)?(?P<variation>[^/?]+)/"
-    r"(?:versions/)?(?P<version>\d+)(?:/download)?/?",
+    r"(?:versions/)?(?P<version>\d+)(?:/download)?/?(?:\?.*)?",
+    re.IGNORECASE,
+)
+_KAGGLE_SHORT = re.compile(
+    r"(?P<owner>[\w-]+)/(?P<model>[\w.-]+)/(?P<framework>tensorFlow[12])/(?P<variation>[\w.-]+)/"
+    r"(?P<version>\d+)",
     re.IGNORECASE,
 )
 _ARCHIVE = (".tar.gz", ".tgz")
 _TRIES = 3
-_STALL_SECONDS = 30.0  # without a byte, after which a fetch is given up
-_STALE_SECONDS = 3600.0  # after which what a killed process left in the cache is removed
+_PAUSE_SECONDS = 0.5  # before the second try, and longer before each further one
+_STALL_SECONDS = 30.0  # without a byte, or at less than the slowest, after which a try is given up
+_SLOWEST = 1 << 10  # bytes a second
+_STALE_SECONDS = 86400.0  # after which what a killed process left in the cache is removed
 _CHUNK = 1 << 20
 
 
@@ -73,9 +81,10 @@ def archive_url(handle: str) -> str | None:
                 "export --checkpoint` and give its directory"
             )
         handle = max(published, key=lambda m: (m.head == "classification", m.version)).handle
-    if not handle.startswith(("http://", "https://")):
+    web = handle.startswith(("http://", "https://"))
+    kaggle = (_KAGGLE if web else _KAGGLE_SHORT).fullmatch(handle)
+    if not web and (kaggle is None or os.path.isdir(handle)):
         return None
-    kaggle = _KAGGLE.fullmatch(handle)
     if kaggle:
         path = "/".join(kaggle[name] for name in ("owner", "model", "framework", "variation"))
         return f"https://www.kaggle.com/api/v1/models/{path}/{kaggle['version']}/download"
@@ -109,7 +118,9 @@ def resolve(handle: str, sha256: str | None = None) -> str:
             )
         if files.is_remote(path):
             return _cached_folder(path)
-    except (ArchiveError, OSError, http.client.HTTPException) as error:
+    except RequestError:
+        raise
+    except (ValueError, OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RequestError(f"--model {handle}: cannot be had ({reason})") from None
     model_format(path)
@@ -130,12 +141,18 @@ def cache_folder() -> Path:
 def _scratch() -> Iterator[Path]:
     """A folder in the cache for what is on its way, removed at the end."""
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=cache))
+    except OSError as error:
+        raise RequestError(
+            f"--model: cannot be kept in {cache} ({error}); set IMAGE_FEATURES_CACHE to a folder "
+            "that you may write to"
+        ) from None
     for left in cache.glob(".tmp-*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=cache))
     try:
         yield scratch
     finally:
@@ -143,11 +160,17 @@ def _scratch() -> Iterator[Path]:
 
 
 def _cached(identity: str, address: str, sha256: str | None) -> str:
-    """The unpacked archive at `address`; `identity` is what it is known by in the cache."""
-    place = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()
-    digest = place / "archive.sha256"
-    if digest.is_file() and sha256 in (None, digest.read_text()):
-        return _model_below(place / "model")
+    """The unpacked archive at `address`; `identity` is what it is known by in the cache.
+
+    What is there once is never replaced, since somebody may be reading it: where the archive at
+    `address` has changed, the one with the digest `sha256` lies beside the first.
+    """
+    places = [_place(identity)]
+    if sha256:
+        places.append(_place(f"{identity} {sha256}"))
+    for place in places:
+        if _digest(place) and sha256 in (None, _digest(place)):
+            return _model_below(place / "model")
     with _scratch() as scratch:
         archive = scratch / "archive"
         found = _fetch(address, archive)
@@ -156,22 +179,37 @@ def _cached(identity: str, address: str, sha256: str | None) -> str:
                 f"--model_sha256 {sha256}: the archive at {address} has {found}; it is another "
                 "file than the one you trust"
             )
-        (scratch / "whole").mkdir()
-        unpack(archive, scratch / "whole" / "model")
-        _model_below(scratch / "whole" / "model")
-        (scratch / "whole" / "archive.sha256").write_text(found)
-        _settle(scratch / "whole", place)
-    return _model_below(place / "model")
+        whole = scratch / "whole"
+        whole.mkdir()
+        unpack(archive, whole / "model")
+        _model_below(whole / "model")
+        (whole / "archive.sha256").write_text(found)
+        for place in places:
+            _settle(whole, place)
+            if _digest(place) == found or not sha256:
+                return _model_below(place / "model")
+    raise OSError(f"{place} in the cache is damaged; remove it")
+
+
+def _place(identity: str) -> Path:
+    return cache_folder() / hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _digest(place: Path) -> str | None:
+    """The digest of the archive that lies unpacked at `place`; None where there is none."""
+    try:
+        return (place / "archive.sha256").read_text()
+    except OSError:
+        return None
 
 
 def _settle(whole: Path, place: Path) -> None:
-    """Put `whole` at `place` by a rename, over an older one, unless another process just did."""
-    with contextlib.suppress(OSError):
-        if (place / "archive.sha256").read_text() == (whole / "archive.sha256").read_text():
-            return
-        place.rename(whole.parent / "old")
-    with contextlib.suppress(FileExistsError):
+    """Put the folder `whole` at `place` by a rename, unless something is there already."""
+    try:
         whole.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
 
 
 def _model_below(folder: Path) -> str:
@@ -186,25 +224,27 @@ def _model_below(folder: Path) -> str:
 
 def _cached_folder(uri: str) -> str:
     """The files below `uri` (gs:// or s3://) as a local directory."""
-    listed = files.list_folder(uri)
+    uri = uri.rstrip("/")
+    listed = [info for info in files.list_folder(uri) if not info.path.endswith("/")]
     if not listed:
         raise RequestError(f"--model {uri}: nothing is there")
-    names = [info.path.removeprefix(uri.rstrip("/") + "/") for info in listed]
-    stamp = "\n".join(files.version(info.path) for info in listed)
-    place = cache_folder() / hashlib.sha256(f"{uri}\n{stamp}".encode()).hexdigest()
+    stamp = "\n".join(f"{info.path} {info.size} {info.changed}" for info in listed)
+    place = _place(f"{uri}\n{stamp}")
     if not place.is_dir():
         with _scratch() as scratch:
-            for name, info in zip(names, listed, strict=True):
+            for info in listed:
+                name = info.path.removeprefix(f"{uri}/")
+                if ".." in name.split("/"):
+                    raise OSError(f"{info.path} would lie outside the model")
                 target = scratch / "model" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with files.open_read(info.path) as source, target.open("wb") as file:
-                    shutil.copyfileobj(source, file, _CHUNK)
+                with files.open_read(info.path) as source:
+                    _copy(source.read, target)
                 if target.stat().st_size != info.size:
                     raise OSError(f"{info.path} was cut on its way")
-            model_format(str(scratch / "model"))
-            with contextlib.suppress(FileExistsError, OSError):
-                (scratch / "model").rename(place)
-    return str(place)
+            _model_below(scratch / "model")
+            _settle(scratch / "model", place)
+    return _model_below(place)
 
 
 # --- fetching ----------------------------------------------------------------------------------
@@ -214,7 +254,7 @@ def _fetch(address: str, target: Path) -> str:
     """Copy what lies at `address` to `target`; returns its SHA-256. Raises OSError."""
     if not address.startswith(("http://", "https://")):
         with files.open_read(address) as source:
-            return _copy(source, target)
+            return _copy(source.read, target)
     for tried in range(1, _TRIES + 1):
         try:
             return _download(address, target)
@@ -227,24 +267,30 @@ def _fetch(address: str, target: Path) -> str:
         except (OSError, http.client.HTTPException):
             if tried == _TRIES:
                 raise
-        time.sleep(0.5 * tried)
+        time.sleep(_PAUSE_SECONDS * tried)
     raise AssertionError("unreachable")
 
 
 def _download(address: str, target: Path) -> str:
     request = urllib.request.Request(address, headers={"User-Agent": "image-features"})
     with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
-        digest = _copy(response, target)
-        announced = response.headers.get("Content-Length")
-    if announced is not None and target.stat().st_size != int(announced):
+        announced = response.length
+        digest = _copy(response.read1, target, _SLOWEST)
+    if announced is not None and target.stat().st_size != announced:
         raise OSError(f"{address} sent {target.stat().st_size} of {announced} bytes")
     return digest
 
 
-def _copy(source: object, target: Path) -> str:
+def _copy(read: Callable[[int], bytes], target: Path, slowest: int = 0) -> str:
+    """Write what `read` gives to `target`; returns its SHA-256."""
     digest = hashlib.sha256()
+    started, size = time.monotonic(), 0
     with target.open("wb") as file:
-        while chunk := source.read(_CHUNK):  # type: ignore[attr-defined]
+        while chunk := read(_CHUNK):
             file.write(chunk)
             digest.update(chunk)
+            size += len(chunk)
+            seconds = time.monotonic() - started
+            if seconds > _STALL_SECONDS and size < slowest * seconds:
+                raise TimeoutError(f"only {size} bytes came in {seconds:.0f} s")
     return digest.hexdigest()

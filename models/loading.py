@@ -9,22 +9,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from models.fingerprint import fingerprint
-from models.folding import fold_batch_norms
+from models.folding import fold
 from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze, read_proto
+from models.fusing import can_fuse, fuse_convolutions, to_bfloat16
+from models.graphs import Graph
 from models.handles import PREPARED, PREPARED_FILE, model_format, resolve
-from models.runtime import GPUS, tf
+from models.runtime import CORES, GPUS, tf
 from models.safety import check_graph, unsafe_ops, unsafe_types
 from storage import files
 
 PREPARED_VERSION = 1
+Run = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
 _GRAPH_FILE = "graph.pb"
 _PIXELS = "pixels"
 
@@ -35,13 +39,18 @@ class OutOfMemory(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class LoadSpec:
-    """What to load: a model's `handle` (see `handles.resolve`), and which `outputs`, () for all."""
+    """What to load: a model's `handle` (see `handles.resolve`), and which `outputs`, () for all.
+
+    `precision`: "float32" or "bfloat16". `copies`: how many calls may run at once.
+    """
 
     handle: str
     outputs: tuple[str, ...] = ()
     sha256: str | None = None
     hints: Hints = field(default_factory=Hints)
     allow_unsafe_ops: bool = False
+    precision: str = "float32"
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,17 @@ class ModelInfo:
 
 
 class LoadedModel:
-    """A function from pixels to vectors, with what is known of it as `info`."""
+    """A function from pixels to vectors, with what is known of it as `info`.
 
-    def __init__(self, info: ModelInfo, run: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]):
+    May be called from several threads; as many calls run at once as there are `runs`, each of its
+    own, since oneDNN's kernels keep state that two calls of one function would share.
+    """
+
+    def __init__(self, info: ModelInfo, runs: Sequence[Run]):
         self.info = info
-        self._run = run
+        self._idle: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        for run in runs:
+            self._idle.put(run)
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Vectors by output name, float32 [N, width], of `pixels`, uint8 [N, S, S, 3], N >= 1.
@@ -83,10 +98,13 @@ class LoadedModel:
             )
         if not len(pixels):
             raise ValueError("no pixels: the model takes at least one picture")
+        run = self._idle.get()
         try:
-            return {name: out.numpy() for name, out in self._run(tf.constant(pixels)).items()}
+            return {name: out.numpy() for name, out in run(tf.constant(pixels)).items()}
         except tf.errors.ResourceExhaustedError as error:
             raise OutOfMemory(str(error)[:300]) from error
+        finally:
+            self._idle.put(run)
 
 
 _loaded: dict[LoadSpec, LoadedModel] = {}
@@ -98,7 +116,11 @@ def load(spec: LoadSpec) -> LoadedModel:
     with _loading:
         if spec not in _loaded:
             info, graph = _assembled(spec)
-            _loaded[spec] = LoadedModel(info, _function(graph, spec.outputs or tuple(info.outputs)))
+            outputs = spec.outputs or tuple(info.outputs)
+            graph = _for_device(graph, outputs, spec.precision)
+            _loaded[spec] = LoadedModel(
+                info, [_function(graph, outputs) for _ in range(spec.copies)]
+            )
         return _loaded[spec]
 
 
@@ -133,9 +155,20 @@ def unsafe_operations(directory: str) -> list[str]:
     return unsafe_ops(read_proto(directory))
 
 
-def default_batch_size() -> int:
-    """Images a batch for this machine: on CPU more than 32 gains nothing, a GPU wants more."""
-    return 256 if GPUS else 32
+def default_batch_size(image_size: int, precision: str) -> int:
+    """Images a batch for this machine.
+
+    On CPU as many as leave their activations in the cache, and bfloat16's are half as large; a GPU
+    wants more.
+    """
+    if GPUS:
+        return 256
+    return 16 if precision == "bfloat16" and image_size < 300 else 8
+
+
+def default_copies() -> int:
+    """Batches that run at once: one for each core, each on one thread; on a GPU one."""
+    return 1 if GPUS else CORES
 
 
 def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Any]:
@@ -195,19 +228,25 @@ def _assemble(frozen: Frozen) -> Any:
         if low:
             images += low
         tensors = tf.graph_util.import_graph_def(
-            fold_batch_norms(frozen.graph),
+            frozen.graph,
             input_map=dict.fromkeys(frozen.inputs, images),
             return_elements=list(frozen.outputs.values()),
             name="model",
         )
         for role, tensor in zip(frozen.outputs, tensors, strict=True):
             tf.reshape(tensor, [-1, frozen.widths[role]], name=role)
-    return tf.compat.v1.graph_util.extract_sub_graph(graph.as_graph_def(), list(frozen.outputs))
+    return fold(graph.as_graph_def(), tuple(frozen.outputs))
 
 
-def _function(
-    graph: Any, outputs: tuple[str, ...]
-) -> Callable[[tf.Tensor], Mapping[str, tf.Tensor]]:
+def _for_device(graph: Any, outputs: tuple[str, ...], precision: str) -> Any:
+    """`graph` in the arithmetic asked for and, on CPU, with oneDNN's fused operations."""
+    graph = Graph(graph, outputs).to_def()
+    if precision == "bfloat16":
+        graph = to_bfloat16(graph, outputs)
+    return fuse_convolutions(graph, outputs) if not GPUS and can_fuse() else graph
+
+
+def _function(graph: Any, outputs: tuple[str, ...]) -> Run:
     def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         tensors = tf.graph_util.import_graph_def(
             graph,
@@ -232,6 +271,7 @@ __all__ = [
     "ModelInfo",
     "OutOfMemory",
     "default_batch_size",
+    "default_copies",
     "load",
     "prepare",
 ]

@@ -11,8 +11,8 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -27,10 +27,12 @@ _TEMPORARY = ".tmp-"  # names that start with a dot are never inputs
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file that was listed: its path or URI and its size in bytes."""
+    """A file that was listed: its path or URI, its size in bytes, and the time of its last change,
+    in seconds since 1970, where a store tells it with the list."""
 
     path: str
     size: int
+    changed: float | None = field(default=None, compare=False)
 
 
 def is_remote(path: str) -> bool:
@@ -60,6 +62,13 @@ def _beam() -> Any:
     from apache_beam.io.filesystems import FileSystems
 
     return FileSystems
+
+
+def configure_stores(beam_args: Sequence[str]) -> None:
+    """Let gs:// and s3:// be reached with the credentials and addresses of Beam's flags."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    _beam().set_options(PipelineOptions(list(beam_args)))
 
 
 def find(pattern: str) -> Iterator[FileInfo]:
@@ -109,7 +118,8 @@ def _find_remote(pattern: str) -> Iterator[FileInfo]:
     if _GLOB.search(pattern):
         found = _match(pattern)
     else:
-        found = [] if pattern.endswith("/") else _match(pattern)
+        whole_bucket = pattern.count("/") == 2
+        found = [] if pattern.endswith("/") or whole_bucket else _match(pattern)
         if not found:
             whole_folder = True
             found = _match(pattern.rstrip("/") + "/**")
@@ -119,21 +129,28 @@ def _find_remote(pattern: str) -> Iterator[FileInfo]:
             yield info
 
 
-def _match(pattern: str) -> list[FileInfo]:
-    from apache_beam.io.filesystem import BeamIOError
-
+def _match(pattern: str, limit: int | None = None) -> list[FileInfo]:
     try:
-        result = _beam().match([pattern])
-    except BeamIOError as error:
-        raise OSError(f"{pattern}: cannot be listed: {error}") from error
-    return [FileInfo(meta.path, meta.size_in_bytes) for meta in result[0].metadata_list]
+        result = _beam().match([pattern], limits=[limit])
+    except Exception as error:
+        raise _store_error(f"{pattern}: cannot be listed", error) from error
+    return [
+        FileInfo(meta.path, meta.size_in_bytes, meta.last_updated_in_seconds)
+        for meta in result[0].metadata_list
+    ]
+
+
+def _store_error(path: str, error: Exception) -> OSError:
+    """What a store's client raised, which may be of any class, as an OSError that names `path`."""
+    absent = type(error).__name__ in ("NotFound", "FileNotFoundError")
+    return (FileNotFoundError if absent else OSError)(f"{path}: {' '.join(str(error).split())}")
 
 
 def occupied(folder: str) -> bool:
     """Whether any object lies under `folder` (or at it)."""
     if is_remote(folder):
         # Limits the listing to one page on a large output.
-        return bool(_beam().match([folder.rstrip("/") + "/**"], limits=[1])[0].metadata_list)
+        return bool(_match(folder.rstrip("/") + "/**", limit=1))
     if not os.path.isdir(folder):
         return os.path.lexists(folder)
     with os.scandir(folder) as entries:
@@ -160,14 +177,14 @@ def open_read(path: str) -> BinaryIO:
     """`path` opened for reading its bytes as they are. Raises OSError."""
     if not is_remote(path):
         return open(path, "rb")
-    from apache_beam.io.filesystem import BeamIOError, CompressionTypes
+    from apache_beam.io.filesystem import CompressionTypes
 
     try:
         handle = _beam().open(
             path, "application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
         )
-    except BeamIOError as error:
-        raise OSError(f"{path}: {error}") from error
+    except Exception as error:
+        raise _store_error(path, error) from error
     return cast(BinaryIO, handle)
 
 
@@ -229,7 +246,10 @@ class NewFile:
             return
         try:
             if self._temporary is None:
-                self._upload()
+                try:
+                    self._upload()
+                except Exception as error:
+                    raise _store_error(self.path, error) from error
             self._handle.close()
             if self._temporary is not None:
                 os.replace(self._temporary, self.path)
@@ -315,7 +335,7 @@ def version(path: str) -> str:
     if not is_remote(path):
         status = os.stat(path)
         return f"{status.st_size} {status.st_mtime_ns}"
-    meta = _beam().match([path])[0].metadata_list
-    if not meta:
+    found = _match(path)
+    if not found:
         raise FileNotFoundError(f"{path}: nothing is there")
-    return f"{meta[0].size_in_bytes} {meta[0].last_updated_in_seconds}"
+    return f"{found[0].size} {found[0].changed}"

@@ -5,6 +5,7 @@ Beam's TFModelHandler calls Keras 3's load_model, which refuses every SavedModel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 from formats.records import DecodedImage, Failure, Features, ImageError
 from models.loading import LoadedModel, LoadSpec, OutOfMemory, load
 from storage.errors import RunError
+from transforms.lookahead import model_threads
 from transforms.metrics import inc_counter
 
 Vectors = Mapping[str, np.ndarray]
@@ -128,14 +130,16 @@ def _probe(model: LoadedModel, size: int, image: DecodedImage, largest: float) -
 class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedModel]):
     """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
+    `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread.
     `dtype`: the type in which vectors will be written; what it cannot hold is a failure.
     """
 
     def __init__(self, spec: LoadSpec, batch_size: int, dtype: str = "float32"):
-        super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
-        self._largest = float(np.finfo(dtype).max)
+        together = batch_size * spec.copies
+        super().__init__(min_batch_size=together, max_batch_size=together)
         self._spec = spec
         self._batch_size = batch_size
+        self._largest = float(np.finfo(dtype).max)
 
     def load_model(self) -> LoadedModel:
         """The model; once a process, whoever asks."""
@@ -148,11 +152,15 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedMo
         inference_args: dict[str, Any] | None = None,
     ) -> list[Features | Failure]:
         """One result an image, in order. See `infer_batch`."""
-        results, size = infer_batch(batch, model, self._batch_size, self._largest)
-        if size < self._batch_size:
+        size = self._batch_size
+        parts = [batch[at : at + size] for at in range(0, len(batch), size)]
+        infer = functools.partial(infer_batch, model=model, batch_size=size, largest=self._largest)
+        done = list(model_threads(self._spec.copies).map(infer, parts))
+        allowed = min(fitted for _, fitted in done)
+        if allowed < size:
             inc_counter("ExtractFeatures", "batch_halvings")
-            self._batch_size = size
-        return results
+            self._batch_size = allowed
+        return [result for results, _ in done for result in results]
 
     def get_num_bytes(self, batch: Sequence[DecodedImage]) -> int:
         """Bytes of pixels. Beam's default pickles the whole batch to learn it."""

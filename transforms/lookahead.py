@@ -25,6 +25,12 @@ def io_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(16, thread_name_prefix="io")
 
 
+@functools.cache
+def model_threads(count: int) -> ThreadPoolExecutor:
+    """This process's threads for running the model, one for each copy of it."""
+    return ThreadPoolExecutor(count, thread_name_prefix="model")
+
+
 class Lookahead(Generic[In, Out]):
     """Applies `function` to what is pushed, on `threads`, and hands results back in order.
 

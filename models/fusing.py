@@ -1,0 +1,150 @@
+"""Operations fused for oneDNN on CPU, and bfloat16 arithmetic.
+
+TensorFlow's own remapper fuses convolution, bias, addition and ReLU too, but gives up on these
+networks as a whole ("fanout exist for missing node"), and its mixed precision knows no fused
+operation. Both are written out here, so that they hold for float32 and bfloat16 alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.graphs import Graph, kind, node_name
+from models.runtime import tf
+
+# The layers of convolutional networks; everything else stays in float32 behind a cast.
+_BFLOAT16_OPS = {
+    *("Conv2D", "DepthwiseConv2dNative", "BiasAdd", "Relu", "Relu6", "Add", "AddV2"),
+    *("AvgPool", "MaxPool", "ConcatV2", "Pad", "PadV2", "StridedSlice", "Identity"),
+}
+_FUSED = "_MklNativeFusedConv2D"
+_FLOAT = tf.float32.as_datatype_enum
+_BFLOAT16 = tf.bfloat16.as_datatype_enum
+
+
+def can_fuse() -> bool:
+    """Whether this TensorFlow has oneDNN's fused convolution."""
+    from tensorflow.python.framework import op_def_registry
+
+    return op_def_registry.get(_FUSED) is not None
+
+
+def to_bfloat16(graph_def: Any, outputs: tuple[str, ...]) -> Any:
+    """`graph_def` with the layers of convolutional networks, and their weights, in bfloat16.
+
+    What comes before them (the scaling of pixels) and after (the mean over places, the dense layer)
+    stays in float32; `outputs` keep their type.
+    """
+    graph = Graph(graph_def, outputs)
+    layers = {
+        node.name
+        for node in graph.nodes.values()
+        if node.op in _BFLOAT16_OPS and kind(node) == _FLOAT and node.name not in outputs
+    }
+    for node in list(graph.nodes.values()):
+        layer = node.name in layers
+        for at, tensor in enumerate(node.input):
+            if tensor.startswith("^"):
+                continue
+            made_by = graph.nodes[node_name(tensor)]
+            if made_by.op == "Const":
+                if layer and kind(made_by, "dtype") == _FLOAT:
+                    node.input[at] = _bfloat16_constant(graph, made_by)
+            elif layer != (made_by.name in layers) and _is_float(graph, node, at):
+                node.input[at] = _cast(graph, tensor, to_bfloat16=layer)
+    for name in layers:
+        graph.nodes[name].attr["T"].type = _BFLOAT16
+    return graph.to_def()
+
+
+def _is_float(graph: Graph, node: Any, at: int) -> bool:
+    """Whether input `at` of `node` is of the type that its attribute T names, and that is float."""
+    if node.op == "Cast":
+        return kind(node, "SrcT") == _FLOAT
+    last_is_index = node.op in ("ConcatV2", "Mean", "Sum", "Max", "Reshape", "Squeeze")
+    index = last_is_index and at == len(node.input) - 1 and at > 0
+    return kind(node) == _FLOAT and not index
+
+
+def _bfloat16_constant(graph: Graph, constant: Any) -> str:
+    name = f"{constant.name}/bfloat16"
+    if name not in graph.nodes:
+        value = tf.make_ndarray(constant.attr["value"].tensor)
+        graph.add_constant(name, value.astype(tf.bfloat16.as_numpy_dtype))
+    return name
+
+
+def _cast(graph: Graph, tensor: str, to_bfloat16: bool) -> str:
+    name = f"{node_name(tensor)}/{'to_bfloat16' if to_bfloat16 else 'to_float'}"
+    if name not in graph.nodes:
+        cast = graph.add("Cast", name, [tensor])
+        cast.attr["SrcT"].type = _FLOAT if to_bfloat16 else _BFLOAT16
+        cast.attr["DstT"].type = _BFLOAT16 if to_bfloat16 else _FLOAT
+    return name
+
+
+def fuse_convolutions(graph_def: Any, outputs: tuple[str, ...]) -> Any:
+    """`graph_def` with each convolution, its bias, an addition and a ReLU behind it as one.
+
+    Only where nothing else reads what lies between. The addition is fused where both sides have
+    one shape.
+    """
+    graph = Graph(graph_def, outputs)
+    shapes = _shapes(graph_def)
+    readers = graph.readers()
+    for bias in [node for node in graph.nodes.values() if node.op == "BiasAdd"]:
+        conv = graph.producer(bias.input[0])
+        if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in outputs:
+            continue
+        last, fused, extra = bias, [b"BiasAdd"], []
+        reader = _only_reader(graph, readers, last)
+        if reader is not None and reader.op in ("Add", "AddV2"):
+            others = [name for name in reader.input if node_name(name) != bias.name]
+            if len(others) == 1 and shapes[node_name(others[0])] == shapes[bias.name]:
+                last, extra = reader, others
+                fused.append(b"Add")
+                reader = _only_reader(graph, readers, last)
+        if reader is not None and reader.op == "Relu":
+            last = reader
+            fused.append(b"Relu")
+        _replace(graph, conv, [*conv.input, bias.input[1], *extra], last, fused)
+        readers = graph.readers()
+    return graph.to_def()
+
+
+def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
+    found = readers[node.name]
+    return found[0] if len(found) == 1 and node.name not in graph.keep else None
+
+
+def _replace(graph: Graph, conv: Any, inputs: list[str], last: Any, fused: list[bytes]) -> None:
+    """Put the fused operation in the place of `last`."""
+    name = last.name
+    del graph.nodes[name]
+    node = graph.add(_FUSED, name, inputs)
+    for attribute in (
+        "T",
+        "strides",
+        "padding",
+        "explicit_paddings",
+        "data_format",
+        "dilations",
+    ):
+        if attribute in conv.attr:
+            node.attr[attribute].CopyFrom(conv.attr[attribute])
+    node.attr["num_args"].i = len(inputs) - 2
+    node.attr["TArgs"].list.type.extend([conv.attr["T"].type] * (len(inputs) - 2))
+    node.attr["fused_ops"].list.s.extend(fused)
+    node.attr["is_filter_const"].b = True
+    node.attr["_kernel"].s = b"MklNameChangeOp"  # how TensorFlow labels its oneDNN kernels
+
+
+def _shapes(graph_def: Any) -> dict[str, list[int | None]]:
+    """The static shape of every node's first output."""
+    with tf.Graph().as_default() as graph:
+        tf.graph_util.import_graph_def(graph_def, name="")
+    return {
+        op.name: op.outputs[0].shape.as_list()
+        for op in graph.get_operations()
+        if op.outputs and op.outputs[0].shape.rank is not None
+    }

@@ -1,0 +1,197 @@
+"""Reading that outlasts a store's moods: what may pass is tried again, from where it stopped."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar
+
+from storage import files
+
+TRIES = 3
+FIRST_WAIT = 0.2  # seconds before the second try, twice that before the third
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_CODES = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
+
+Result = TypeVar("Result")
+
+
+def ignore() -> None:
+    """What is done about a retry where nobody counts them."""
+
+
+class ShortRead(OSError):
+    """A file gave fewer bytes than it was listed with."""
+
+
+def attempt(
+    function: Callable[[], Result], path: str, on_retry: Callable[[], None] = ignore
+) -> Result:
+    """`function()`, which reads at `path`, up to `TRIES` times; `on_retry` is called between.
+
+    Raises OSError: at once where another try would change nothing (FileNotFoundError,
+    PermissionError, a folder), else after the last one.
+    """
+    wait = FIRST_WAIT
+    for further in reversed(range(TRIES)):
+        try:
+            return function()
+        except Exception as raised:
+            error = _told(path, raised)
+            if error is None:
+                raise
+            if not further or isinstance(error, _PERMANENT):
+                if error is raised:
+                    raise
+                raise error from raised
+        on_retry()
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError("the last try returns or raises")
+
+
+def _told(path: str, error: Exception) -> OSError | None:
+    """What a store's client raised, of whatever class, as an OSError; None for a fault of ours."""
+    if isinstance(error, _PERMANENT):
+        return error
+    cause: BaseException | None = error
+    while cause is not None:
+        code = getattr(cause, "code", None)
+        if isinstance(code, int) and code in _CODES:
+            return _CODES[code](f"{path}: {_one_line(error)}")
+        cause = cause.__cause__
+    if isinstance(error, OSError):
+        return error
+    return OSError(f"{path}: {_one_line(error)}") if "://" in path else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_bytes(path: str, size: int | None = None, on_retry: Callable[[], None] = ignore) -> bytes:
+    """All bytes of `path`, which was listed with `size`. Raises OSError; ShortRead for fewer."""
+
+    def read() -> bytes:
+        data = files.read_bytes(path)
+        if size is not None and len(data) < size:
+            raise ShortRead(f"{path}: {len(data)} bytes came of the {size} that it was listed with")
+        return data
+
+    return attempt(read, path, on_retry)
+
+
+def read_at_most(path: str, most: int, on_retry: Callable[[], None] = ignore) -> bytes:
+    """The first `most` bytes of `path`, all where there are fewer. Raises OSError."""
+
+    def read() -> bytes:
+        with files.open_read(path) as stream:
+            return _exactly(stream, most)
+
+    return attempt(read, path, on_retry)
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    parts = []
+    while count and (data := stream.read(min(count, 16 << 20))):
+        parts.append(data)
+        count -= len(data)
+    return b"".join(parts)
+
+
+class SteadyStream(io.RawIOBase):
+    """`path` as a stream that opens it again, at the byte it had come to, where reading fails.
+
+    `size` is what it was listed with. A `read` gives fewer bytes than asked for only at the end; a
+    file that ends before `size`, however often it is tried, ends there. Other lasting errors are
+    raised as OSError and stand in `error`. Opens nothing before the first read.
+    """
+
+    def __init__(self, path: str, size: int, on_retry: Callable[[], None] = ignore):
+        super().__init__()
+        self._path = path
+        self._size = size
+        self._on_retry = on_retry
+        self._handle: BinaryIO | None = None
+        self._at = 0
+        self._cut = False
+        self.error: OSError | None = None
+
+    def read(self, count: int | None = -1) -> bytes:
+        """The next `count` bytes, all that are left for -1."""
+        missing = max(self._size - self._at, 0) if count is None or count < 0 else count
+        parts = []
+        while missing and not self._cut:
+            try:
+                part = attempt(lambda: self._piece(missing), self._path, self._on_retry)  # noqa: B023
+            except ShortRead:
+                self._cut = True
+                break
+            except OSError as error:
+                self.error = error
+                raise
+            if not part:
+                break
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _piece(self, count: int) -> bytes:
+        try:
+            if self._handle is None:
+                self._handle = files.open_read(self._path)
+                if self._at:
+                    self._handle.seek(self._at)
+            data = self._handle.read(count)
+            if not data and self._at < self._size:
+                raise ShortRead(f"{self._path}: ends after {self._at} of {self._size} bytes")
+        except BaseException:
+            self._drop()
+            raise
+        self._at += len(data)
+        return data
+
+    def _drop(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            try:
+                handle.close()
+            except Exception:
+                pass  # it has failed already, and a new one will be opened
+
+    def readinto(self, buffer: Any) -> int:
+        """As `io.RawIOBase` has it."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The position of the next byte to be read."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to another byte; opens nothing."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if start + offset != self._at:
+            self._at = start + offset
+            self._cut = False
+            if self._handle is not None:
+                try:
+                    self._handle.seek(self._at)
+                except Exception:
+                    self._drop()
+        return self._at
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._drop()
+        super().close()
