@@ -203,9 +203,10 @@ def _convert(value: int | float | bytes, to: pa.DataType) -> int | float | str |
             return str(value)
         if to == pa.binary():
             return b"%d" % value
-        if int(np.float32(value)) == value:
+        held = float(value) if to == pa.float64() else np.float32(value)
+        if int(held) == value:
             return float(value)
-    elif to == pa.float32():
+    elif pa.types.is_floating(to):
         return value
     raise ValueError
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO, TypeVar, cast
 
-from formats import tfrecord
-from storage import files
+from formats import containers, example, fields, listing, parquet, replay, tfrecord, webdataset
+from formats.containers import CONTAINERS, PARQUET, TFRECORD, WEBDATASET, Wanted
+from formats.example import ExampleKeys, ExampleTypes
+from formats.fields import Found
+from formats.listing import Entry
+from formats.replay import Failed
+from formats.tfrecord import Record
+from storage import files, steady
 from storage.errors import RequestError
 from storage.files import FileInfo
+from storage.steady import SteadyStream
 
-TFRECORD, IMAGES = "tfrecord", "images"
+IMAGES, MANIFEST, FAILURES = "images", "manifest", "failures"
 _HEAD_BYTES = 4096
+_HEADS = 16  # files of which the beginning is looked at, where all names agree
 _IMAGES_A_UNIT = 128  # enough to fill batches, few enough to spread over workers
+_SAMPLED_FILES = 8  # files that are looked at for types
+_SAMPLED_ROWS = 1000  # rows of a manifest, which cost little
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +40,48 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Work for one reader: one container, or a run of image files.
+    """Work for one reader: one container, a run of image files, or a run of a manifest's entries.
 
-    `limit`: most records to read, None for all.
+    `limit`: most records to read, None for all. `wanted`: which of them, None for all.
     """
 
     format: str
     files: tuple[FileInfo, ...]
     limit: int | None = None
+    entries: tuple[Entry, ...] = ()
+    wanted: Wanted | None = None
 
 
 def detect_format(found: Sequence[FileInfo]) -> str:
-    """`tfrecord` where every file is one, by its name or its beginning; otherwise `images`.
+    """The format of the files of one pattern, by their names and beginnings. Raises OSError.
 
-    Empty files tell nothing unless their names do. Raises OSError.
+    `tfrecord` where every file is one, by its name or its beginning; `parquet`, `webdataset` or
+    `manifest` where every name ends as such and the first files begin so; otherwise `images`.
+    Empty files tell nothing unless their names do.
     """
     telling = [info for info in found if info.size or tfrecord.looks_like_tfrecord_name(info.path)]
-    return TFRECORD if telling and all(map(_is_tfrecord, telling)) else IMAGES
+    if not telling:
+        return IMAGES
+    if all(map(_is_tfrecord, telling)):
+        return TFRECORD
+    for kind, endings, begins in (
+        (PARQUET, parquet.ENDINGS, lambda head, path: head.startswith(parquet.MAGIC)),
+        (WEBDATASET, webdataset.ENDINGS, lambda head, path: webdataset.is_tar(head)),
+        (MANIFEST, listing.ENDINGS, listing.is_listing),
+    ):
+        if all(info.path.lower().endswith(endings) for info in telling) and all(
+            begins(_head(info), info.path) for info in telling[:_HEADS]
+        ):
+            return kind
+    return IMAGES
 
 
 def _is_tfrecord(info: FileInfo) -> bool:
-    if tfrecord.looks_like_tfrecord_name(info.path):
-        return True
-    with files.open_read(info.path) as stream:
-        return tfrecord.is_tfrecord(stream.read(_HEAD_BYTES))
+    return tfrecord.looks_like_tfrecord_name(info.path) or tfrecord.is_tfrecord(_head(info))
+
+
+def _head(info: FileInfo) -> bytes:
+    return steady.read_at_most(info.path, _HEAD_BYTES)
 
 
 def survey(
@@ -62,6 +94,15 @@ def survey(
     """
     sources, warnings = [], []
     for pattern in patterns:
+        if input_format == FAILURES:
+            output = files.absolute(pattern)
+            if not replay.count_failures(output) and not allow_empty:
+                raise RequestError(
+                    f"--input {pattern}: nothing failed there; the run would be empty; "
+                    "--allow_empty where that is expected"
+                )
+            sources.append(Source(output, FAILURES))
+            continue
         try:
             found = list(files.find(pattern))
             if not found and not allow_empty:
@@ -73,7 +114,7 @@ def survey(
         except OSError as error:
             raise RequestError(f"--input {pattern}: cannot be read ({error})") from None
         sources.append(Source(pattern, kind))
-        if kind == TFRECORD:
+        if kind != IMAGES:
             warnings += _doubts(found)
     return sources, warnings
 
@@ -85,56 +126,146 @@ def _doubts(shards: Sequence[FileInfo]) -> list[str]:
     return empty + [f"{path}: this shard of its set is not there" for path in missing]
 
 
-def list_units(sources: Iterable[Source], limit: int | None) -> Iterator[Unit]:
+# --- units of work -----------------------------------------------------------------------------
+
+
+def list_units(
+    sources: Iterable[Source], limit: int | None, keys: ExampleKeys | None = None
+) -> Iterator[Unit]:
     """The work that `sources` hold, every file once, in the order given. Raises OSError.
 
     With `limit` the containers are walked, so that the units hold just the first `limit` images.
+    `keys` tells which values of a manifest's rows are wanted.
     """
+    keys = keys or ExampleKeys()
     seen: set[str] = set()
+    listed = _Listed()
     for source in sources:
-        fresh = []
-        for info in files.find(source.pattern):
-            if info.path not in seen:
-                seen.add(info.path)
-                fresh.append(info)
-        if source.format == IMAGES:
-            chosen = fresh if limit is None else fresh[:limit]
-            units = [
-                Unit(IMAGES, tuple(chosen[i : i + _IMAGES_A_UNIT]))
-                for i in range(0, len(chosen), _IMAGES_A_UNIT)
-            ]
-            taken = len(chosen)
-        else:
-            units, taken = [Unit(source.format, (info,)) for info in fresh], 0
-            if limit is not None:
-                units, taken = _first_records(units, limit)
-        yield from units
-        if limit is not None:
+        for unit in _units_of(source, keys, seen, listed):
+            if limit is None:
+                yield unit
+                continue
+            unit, taken = _limited(unit, limit, keys)
+            yield unit
             limit -= taken
             if limit <= 0:
                 return
 
 
-def _first_records(units: Sequence[Unit], limit: int) -> tuple[list[Unit], int]:
-    chosen, taken = [], 0
-    for unit in units:
-        if taken == limit:
-            break
-        count = 0
-        try:
-            for _ in itertools.islice(walk(unit.files[0]), limit - taken):
-                count += 1
-        except OSError:
-            count += 1  # reading it will end in a failure, which counts as an image
-        taken += count
-        chosen.append(Unit(unit.format, unit.files, count))
-    return chosen, taken
+def _units_of(source: Source, keys: ExampleKeys, seen: set[str], listed: _Listed) -> Iterator[Unit]:
+    if source.format == FAILURES:
+        yield from _failed_units(source.pattern, keys)
+        return
+    fresh = []
+    for info in files.find(source.pattern):
+        if info.path not in seen:
+            seen.add(info.path)
+            fresh.append(info)
+    if source.format == IMAGES:
+        yield from (Unit(IMAGES, chunk) for chunk in _chunks(fresh))
+    elif source.format == MANIFEST:
+        entries = (entry for info in fresh for entry in listed.once(_entries(info, keys)))
+        yield from (Unit(MANIFEST, (), None, chunk) for chunk in _chunks(entries))
+    else:
+        yield from (Unit(source.format, (info,)) for info in fresh)
 
 
-def walk(info: FileInfo) -> Iterator[tfrecord.Record | tfrecord.Damage]:
-    """The records of a TFRecord file, and its damaged places. Raises OSError."""
-    with files.open_read(info.path) as stream:
-        yield from tfrecord.read_records(stream, info.size)
+def _chunks(items: Iterable[_Item]) -> Iterator[tuple[_Item, ...]]:
+    remaining = iter(items)
+    while chunk := tuple(itertools.islice(remaining, _IMAGES_A_UNIT)):
+        yield chunk
+
+
+def _limited(unit: Unit, limit: int, keys: ExampleKeys) -> tuple[Unit, int]:
+    """`unit` with no more than `limit` images, and how many it has."""
+    if unit.format == IMAGES:
+        return dataclasses.replace(unit, files=unit.files[:limit]), len(unit.files[:limit])
+    if unit.format == MANIFEST:
+        return dataclasses.replace(unit, entries=unit.entries[:limit]), len(unit.entries[:limit])
+    count = 0
+    try:
+        found = containers.positions(unit.files[0], unit.format, keys, unit.wanted)
+        for _ in itertools.islice(found, limit):
+            count += 1
+    except OSError:
+        count += 1  # reading it will end in a failure, which counts as an image
+    return dataclasses.replace(unit, limit=count), count
+
+
+def _entries(info: FileInfo, keys: ExampleKeys) -> Iterator[Entry]:
+    """The rows of one manifest; one that cannot be read is an entry that tells so."""
+    try:
+        with SteadyStream(info.path, info.size) as stream:
+            names = fields.names_of(keys)
+            yield from listing.read_entries(cast(BinaryIO, stream), info.path, names)
+    except ValueError as error:
+        yield _unreadable(info, "NoManifest", str(error))
+    except OSError as error:
+        yield _unreadable(info, type(error).__name__, str(error))
+
+
+def _unreadable(info: FileInfo, error_class: str, message: str) -> Entry:
+    return Entry(listing.shown(info.path), info.path, None, {}, (error_class, message))
+
+
+class _Listed:
+    """The paths that manifests have named so far in a run, and the number of rows."""
+
+    def __init__(self) -> None:
+        self._paths: set[str] = set()
+        self._rows = 0
+
+    def once(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """`entries`, a path's second and later ones with their row as index.
+
+        So the first is the same image as ever, however rows are moved about, and the others are
+        known apart from it.
+        """
+        for entry in entries:
+            if not entry.wrong and entry.path in self._paths:
+                entry = dataclasses.replace(entry, index=self._rows)
+            self._paths.add(entry.path)
+            self._rows += 1
+            yield entry
+
+
+# --- what failed in an earlier run -------------------------------------------------------------
+
+
+def _failed_units(output: str, keys: ExampleKeys) -> Iterator[Unit]:
+    """The failures of an output as work: records by index, what damage hid, and single files."""
+    before = replay.manifest_of(output)["options"].get("input_format", "auto")
+    entries: list[Entry] = []
+    for failed in replay.failed_sources(output):
+        info, kind = _format_of(failed, before)
+        if info is None or kind == IMAGES:
+            entries += [Entry(key, failed.source) for key in failed.images]
+            entries += [Entry(key, failed.source, index) for index, key in failed.keys.items()]
+            entries += [Entry(key, failed.source, index) for index, key in failed.damage.items()]
+        elif kind == MANIFEST:
+            every = bool(failed.images)
+            rows = enumerate(_entries(info, keys))
+            entries += [entry for index, entry in rows if every or index in failed.keys]
+        else:
+            start = 0 if failed.images else min(failed.damage, default=None)
+            done = frozenset(failed.done if start is not None else ())
+            yield Unit(kind, (info,), wanted=Wanted(frozenset(failed.keys), start, done))
+    yield from (Unit(MANIFEST, (), None, chunk) for chunk in _chunks(entries))
+
+
+def _format_of(failed: Failed, before: str) -> tuple[FileInfo | None, str]:
+    """The source as it lies there now, and its format; None where it cannot be had."""
+    if not (failed.keys or failed.damage or any(failed.images.values())):
+        return None, IMAGES  # files that were read as images
+    try:
+        info = replay.listed(failed.source)
+        kind = detect_format([info]) if info else IMAGES
+    except OSError:
+        return None, IMAGES  # trying to read it will tell so, for each of its images
+    return info, before if kind == IMAGES and before in CONTAINERS else kind
+
+
+# --- types -------------------------------------------------------------------------------------
 
 
 def sample(sources: Sequence[Source], count: int) -> list[bytes]:
@@ -142,7 +273,64 @@ def sample(sources: Sequence[Source], count: int) -> list[bytes]:
     records = (
         record.data
         for unit in list_units([s for s in sources if s.format == TFRECORD], None)
-        for record in walk(unit.files[0])
-        if isinstance(record, tfrecord.Record)
+        for record in containers.walk(unit.files[0], TFRECORD, ExampleKeys(), 0)
+        if isinstance(record, Record)
     )
     return list(itertools.islice(records, count))
+
+
+def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> ExampleTypes | None:
+    """The one type of label and of each column that the sources' first `count` records show.
+
+    None where no source can hold either. Raises ValueError, one line, for what cannot be had or
+    differs between sources, and OSError.
+    """
+    holding = [
+        source
+        for given in sources
+        for source in (_failed_sources(given, keys) if given.format == FAILURES else [given])
+        if source.format != IMAGES
+    ]
+    if not holding:
+        return None
+    found = []
+    if sampled := sample(holding, count):
+        found.append(example.infer_types(sampled, keys))
+    for source in holding:
+        infos = itertools.islice(
+            (info for info in files.find(source.pattern) if info.size), _SAMPLED_FILES
+        )
+        if source.format == PARQUET:
+            found += _parquet_types(infos, keys)
+        elif source.format == WEBDATASET:
+            items = (i for info in infos for i in containers.walk(info, WEBDATASET, keys, 0))
+            images = [i for i in itertools.islice(items, count) if isinstance(i, Found)]
+            found += [fields.infer_types(images, keys)] if images else []
+        elif source.format == MANIFEST:
+            found += _manifest_types(infos, source.pattern, keys)
+    return fields.unify(found, keys.columns)
+
+
+def _failed_sources(source: Source, keys: ExampleKeys) -> list[Source]:
+    units = _failed_units(source.pattern, keys)
+    return [Source(unit.files[0].path, unit.format) for unit in units if unit.files]
+
+
+def _parquet_types(infos: Iterable[FileInfo], keys: ExampleKeys) -> list[ExampleTypes]:
+    for info in infos:
+        with SteadyStream(info.path, info.size) as stream:
+            schema = parquet.read_schema(cast(BinaryIO, stream))
+        if schema is not None:
+            return [parquet.infer_types(schema, info.path, keys)]
+    return []
+
+
+def _manifest_types(
+    infos: Iterable[FileInfo], pattern: str, keys: ExampleKeys
+) -> list[ExampleTypes]:
+    rows: list[Entry] = []
+    for info in infos:
+        with SteadyStream(info.path, info.size) as stream:
+            entries = listing.read_entries(cast(BinaryIO, stream), info.path, fields.names_of(keys))
+            rows += itertools.islice(entries, _SAMPLED_ROWS)
+    return [listing.infer_types(rows, pattern, keys)] if rows else []

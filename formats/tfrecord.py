@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 import struct
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ from typing import BinaryIO
 
 import google_crc32c
 
+from formats.streams import GZIP, ExactStream, InflatedStream, skip
+
 MAX_RECORD_BYTES = 512 << 20  # twice --max_image_bytes: the largest image and what stands beside it
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-_GZIP = b"\x1f\x8b"
-_PIECE = 16 << 20  # bytes asked of a stream at once: what a false length can allocate
-_CHUNK = 64 << 10  # compressed bytes inflated at once
-_BLOCK = 256 << 10  # bytes decompressed, or walked over, at once
 
 _SHARD = re.compile(r"(?P<prefix>.*)-(?P<index>\d{5,6})-of-(?P<total>\d{5,6})(?P<suffix>[^/]*)")
 _NAME = re.compile(r".*(\.tfrecords?|\.tfrec|\.tfr|-\d{5,6}-of-\d{5,6})(\.gz)?", re.IGNORECASE)
@@ -72,11 +69,11 @@ def read_records(
     `Damage`. A file cut between two records shows none unless `size` tells. Memory is one record.
     Only errors of `stream` itself are raised.
     """
-    source = _Source(stream, size)
+    source = ExactStream(stream, size)
     head = source.read(_HEADER.size)
     # A plain file whose first payload has 35,615 bytes begins with gzip's magic: checksum first.
-    if head.startswith(_GZIP) and _length(head) is None:
-        inflated = _Inflated(source, head)
+    if head.startswith(GZIP) and _length(head) is None:
+        inflated = InflatedStream(source, head)
         head = inflated.read(_HEADER.size)
         yield from _walk(
             inflated, head, None, max_record_bytes, " (offset in the decompressed gzip stream)"
@@ -91,8 +88,8 @@ def is_tfrecord(head: bytes) -> bool:
     True where the first header's checksum is right. `head` needs 12 bytes of a plain file, and of a
     gzip file as many as hold 12 decompressed ones (100 are enough but for a long file name).
     """
-    if _length(head) is None and head.startswith(_GZIP):
-        head = _Inflated(_Source(io.BytesIO(head), None), b"").read(_HEADER.size)
+    if _length(head) is None and head.startswith(GZIP):
+        head = InflatedStream(ExactStream(io.BytesIO(head), None), b"").read(_HEADER.size)
     return _length(head) is not None
 
 
@@ -145,7 +142,11 @@ def _length(header: bytes) -> int | None:
 
 
 def _walk(
-    source: _Source | _Inflated, header: bytes, size: int | None, max_record_bytes: int, note: str
+    source: ExactStream | InflatedStream,
+    header: bytes,
+    size: int | None,
+    max_record_bytes: int,
+    note: str,
 ) -> Iterator[Record | Damage]:
     """`read_records` of a source whose first header has been read; `note` ends each message."""
     offset = index = 0
@@ -168,7 +169,7 @@ def _walk(
             yield cut(inside)
             return
         data = source.read(length) if length <= max_record_bytes else None
-        complete = _skip(source, length) if data is None else len(data) == length
+        complete = skip(source, length) if data is None else len(data) == length
         # One read for this record's footer and the next one's header.
         seam = source.read(_FOOTER.size + _HEADER.size) if complete else b""
         if len(seam) < _FOOTER.size:
@@ -186,93 +187,3 @@ def _walk(
         index += 1
     if header or source.damage:
         yield cut(f"{len(header)} bytes where a header of {_HEADER.size} should be")
-
-
-def _skip(source: _Source | _Inflated, count: int) -> bool:
-    """Reads `count` bytes away, a piece at a time; False where the source ends before."""
-    while count and (piece := source.read(min(count, _BLOCK))):
-        count -= len(piece)
-    return count == 0
-
-
-class _Source:
-    """A stream that reads exactly, and knows when it ended before the size it should have."""
-
-    def __init__(self, stream: BinaryIO, size: int | None):
-        self._stream = stream
-        self._size = size
-        self.position = 0
-        self.damage: tuple[str, str] | None = None
-
-    def read(self, count: int) -> bytes:
-        """The next `count` bytes, fewer only at the end."""
-        data = self._stream.read(min(count, _PIECE))
-        self.position += len(data)
-        if len(data) == count:
-            return data
-        parts = [data]
-        missing = count - len(data)
-        while missing and (data := self._stream.read(min(missing, _PIECE))):
-            parts.append(data)
-            missing -= len(data)
-            self.position += len(data)
-        if missing and self._size is not None and self.position < self._size:
-            message = f"the stream ends after {self.position} of the file's {self._size} bytes"
-            self.damage = ("TruncatedFile", message)
-        return b"".join(parts)
-
-
-class _Inflated:
-    """What a gzip source that begins with `head` decompresses to, up to where it is damaged."""
-
-    def __init__(self, source: _Source, head: bytes):
-        self._source = source
-        self._blocks = _inflate(source, head)
-        self._block = b""
-        self._at = 0
-        self._damage: tuple[str, str] | None = None
-
-    @property
-    def damage(self) -> tuple[str, str] | None:
-        return self._source.damage or self._damage
-
-    def read(self, count: int) -> bytes:
-        """The next `count` bytes, fewer only at the end or where the source is damaged."""
-        parts = []
-        while count:
-            if self._at == len(self._block):
-                try:
-                    self._block, self._at = next(self._blocks, b""), 0
-                except zlib.error as error:
-                    where = f"in the file's first {self._source.position} bytes"
-                    self._damage = ("GzipDamage", f"gzip: {error} ({where})")
-                    break
-                if not self._block:
-                    break
-            part = self._block[self._at : self._at + count]
-            parts.append(part)
-            self._at += len(part)
-            count -= len(part)
-        return b"".join(parts)
-
-
-def _inflate(source: _Source, data: bytes) -> Iterator[bytes]:
-    """Decompressed blocks, none of them empty; zlib.error after the last one before a damage."""
-    while data := data or source.read(_CHUNK):
-        member = zlib.decompressobj(wbits=31)
-        while not member.eof:
-            data = data or source.read(_CHUNK)
-            before = member.copy()
-            try:
-                block = member.decompress(data, _BLOCK)
-            except zlib.error:
-                # The failing call keeps back what it had made: make it again, byte by byte.
-                for byte in data:
-                    if block := before.decompress(bytes([byte])):
-                        yield block
-                raise
-            if block:
-                yield block
-            elif not data:
-                raise zlib.error("the file ends inside a gzip member")
-            data = member.unused_data if member.eof else member.unconsumed_tail

@@ -4,17 +4,21 @@
         --format saved_model --seed 0 --output models/nasnet_mobile
     python -m pipeline.models inspect models/nasnet_mobile
     python -m pipeline.models prepare models/nasnet_mobile --output models/nasnet_mobile_prepared
+
+Beam's flags for gs:// and s3:// (--s3_endpoint_url, --no_auth, ...) pass through.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from models.catalog import FORMATS, HEADS, NETWORKS
+from pipeline.beam_flags import BEAM_FLAGS
 from pipeline.options import OneLineParser, value_range_of
 from storage import files
 from storage.errors import RequestError
@@ -28,13 +32,15 @@ def parser() -> argparse.ArgumentParser:
     result = OneLineParser(
         prog="python -m pipeline.models",
         usage="python -m pipeline.models VERB [flags]; VERB --help tells its flags",
-        description="Make and look at models.",
+        description="Make and look at models. Beam's flags for gs:// and s3:// pass through.",
+        allow_abbrev=False,
     )
     verbs = result.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     export = verbs.add_parser(
         "export",
         help="network + weights -> a model directory",
+        allow_abbrev=False,
         usage="python -m pipeline.models export --network N --head H --format F "
         "(--checkpoint PREFIX [--ema] | --seed N) --output DIR [--archive FILE.tar.gz]",
     )
@@ -64,25 +70,57 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, metavar="DIR")
     export.add_argument("--archive", metavar="FILE.tar.gz", help="also pack DIR as the hub does")
 
-    inspect = verbs.add_parser("inspect", help="what a model is, as JSON on stdout")
-    prepare = verbs.add_parser("prepare", help="resolve, verify and optimise a model once")
+    inspect = verbs.add_parser(
+        "inspect", help="what a model is, as JSON on stdout", allow_abbrev=False
+    )
+    prepare = verbs.add_parser(
+        "prepare", help="resolve, verify and optimise a model once", allow_abbrev=False
+    )
     prepare.add_argument("--output", required=True, metavar="DIR", help="local, gs:// or s3://")
     for verb in (inspect, prepare):
         verb.add_argument("model", metavar="MODEL", help="any handle that extract's --model takes")
-        verb.add_argument("--model_sha256", metavar="HEX", help="digest that its archive must have")
-        verb.add_argument("--image_size", type=int, metavar="S", help="where the model takes any")
+        verb.add_argument(
+            "--model_sha256", type=_digest, metavar="HEX", help="digest that its archive must have"
+        )
+        verb.add_argument("--image_size", type=_size, metavar="S", help="where the model takes any")
         verb.add_argument("--value_range", type=value_range_of, metavar="LOW,HIGH")
         verb.add_argument("--allow_unsafe_ops", action="store_true")
     return result
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: pixels, at least 1")
+    return int(text)
+
+
+def _digest(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text}: 64 lower-case hex digits")
+    return text
+
+
+def _local(flag: str, path: str) -> str:
+    """The absolute local `path`, where nothing may be yet."""
+    path = files.absolute(path)
+    if files.is_remote(path):
+        raise RequestError(f"{flag} {path}: must be local; copy it to a store afterwards")
+    _check_free(flag, path)
+    return path
+
+
+def _check_free(flag: str, path: str) -> None:
+    if files.occupied(path):
+        raise RequestError(f"{flag} {path}: something is there already; give another")
 
 
 def export(request: argparse.Namespace) -> None:
     """Write the model directory that `request` asks for. Raises RequestError."""
     if request.ema and not request.checkpoint:
         raise RequestError("--ema chooses among a checkpoint's values; give --checkpoint too")
-    if files.occupied(request.output):
-        raise RequestError(f"--output {request.output}: something is there already; give another")
-    files.check_writable(files.absolute(request.output))
+    output = _local("--output", request.output)
+    archive = _local("--archive", request.archive) if request.archive else None
+    files.check_writable(output)
     from models.checkpoint import CheckpointError, read_checkpoint, seeded
     from models.export import export_hub_v1, export_saved_model, write_archive
     from models.networks import variable_shapes
@@ -98,9 +136,9 @@ def export(request: argparse.Namespace) -> None:
     except CheckpointError as error:
         raise RequestError(f"--checkpoint {request.checkpoint}: {error}") from None
     write = export_saved_model if request.format == "saved_model" else export_hub_v1
-    write(spec, values, request.head, request.output)
-    if request.archive:
-        write_archive(request.output, request.archive)
+    write(spec, values, request.head, output)
+    if archive:
+        write_archive(output, archive)
 
 
 def inspect(request: argparse.Namespace) -> None:
@@ -130,8 +168,7 @@ def prepare(request: argparse.Namespace) -> None:
 
     output = files.absolute(request.output)
     handles.resolve(request.model, request.model_sha256)
-    if files.occupied(output):
-        raise RequestError(f"--output {output}: something is there already; give another")
+    _check_free("--output", output)
     files.check_writable(output)
     from models.loading import prepare as write_prepared
 
@@ -149,12 +186,28 @@ def _spec(request: argparse.Namespace) -> LoadSpec:
     )
 
 
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our words and Beam's. Making a model needs none of Beam's, and has a --network of its own."""
+    ours: list[str] = []
+    beams: list[str] = []
+    value_follows = False
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        is_beams = word.startswith("--") and name in BEAM_FLAGS and argv[0] != "export"
+        (beams if is_beams or value_follows else ours).append(word)
+        value_follows = is_beams and BEAM_FLAGS[name] and not value
+    return ours, beams
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one model command; returns the exit code: 0, or 2 where the request is wrong."""
     try:
-        request = parser().parse_args(argv)
+        ours, beams = _split(sys.argv[1:] if argv is None else argv)
+        request = parser().parse_args(ours)
+        if beams:
+            files.configure_stores(beams)
         {"export": export, "inspect": inspect, "prepare": prepare}[request.verb](request)
-    except RequestError as error:
+    except (RequestError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     return 0

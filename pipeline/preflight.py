@@ -37,7 +37,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     if not handles.archive_url(options.model):
         stored.append(options.model)
     if any(map(files.is_remote, stored)):
-        _configure_stores(beam_args)
+        files.configure_stores(beam_args)
     before = _check_output(output, options.if_exists)
     handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
@@ -50,7 +50,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     types = _types(sources, keys)
     files.check_writable(output)
 
-    from models.loading import Hints, LoadSpec, default_batch_size, load
+    from models.loading import Hints, LoadSpec, default_batch_size, default_copies, load
     from pipeline.graph import Plan
     from transforms.sources import Finished, Reading
 
@@ -62,6 +62,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.model_sha256,
         Hints(options.image_size, options.value_range),
         options.allow_unsafe_ops,
+        options.precision,
+        options.inference_threads or default_copies(),
     )
     info = load(spec).info
     _check_classes(options, info, names)
@@ -133,12 +135,12 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Finished.write(finished, resumed.finished, resumed.again)
     return Plan(
         tuple(sources),
-        Reading(keys, types, options.max_image_bytes, options.on_damage),
+        Reading(keys, types, options.max_image_bytes, options.on_damage, options.allow_http),
         options.limit,
         finished,
         preprocessing,
         spec,
-        options.batch_size or default_batch_size(),
+        options.batch_size or default_batch_size(info.image_size, options.precision),
         table,
         options.rows_per_file,
         metadata,
@@ -163,15 +165,12 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     )
 
 
-def _configure_stores(beam_args: Sequence[str]) -> None:
-    from apache_beam.io.filesystems import FileSystems
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    FileSystems.set_options(PipelineOptions(list(beam_args)))
-
-
 def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
-    if if_exists == "error" and files.occupied(output):
+    try:
+        refused = if_exists == "error" and files.occupied(output)
+    except OSError as error:
+        raise RequestError(f"--output: {error}") from None
+    if refused:
         raise RequestError(
             f"--output {output}: something is there already, which a second run would mix with; "
             "give another folder, --if_exists resume or --if_exists overwrite"
@@ -189,20 +188,17 @@ def _class_names(path: str | None) -> tuple[str, ...]:
 
 
 def _types(sources: Sequence[inputs.Source], keys: example.ExampleKeys) -> example.ExampleTypes:
-    containers = [source for source in sources if source.format != inputs.IMAGES]
-    if keys.columns and not containers:
-        raise RequestError(
-            f"--columns {','.join(keys.columns)}: image files have no features to carry"
-        )
     try:
-        sampled = inputs.sample(containers, _SAMPLE)
-        if not sampled:  # nothing to read, so any types will do
-            return example.ExampleTypes(pa.int64(), dict.fromkeys(keys.columns, pa.string()))
-        return example.infer_types(sampled, keys)
+        types = inputs.infer_types(sources, keys, _SAMPLE)
     except ValueError as error:
         raise RequestError(str(error)) from None
     except OSError as error:
         raise RequestError(f"--input: cannot be read ({error})") from None
+    if types is None and keys.columns:
+        raise RequestError(
+            f"--columns {','.join(keys.columns)}: image files have no features to carry"
+        )
+    return types or example.ExampleTypes(pa.int64(), {})
 
 
 def _check_classes(options: Options, info: ModelInfo, names: Sequence[str]) -> None:
@@ -231,7 +227,7 @@ def try_one_image(plan: Plan) -> None:
     from transforms.sources import READERS
 
     reasons = []
-    for unit in inputs.list_units(plan.sources, _TRIES):
+    for unit in inputs.list_units(plan.sources, _TRIES, plan.reading.keys):
         for read in READERS[unit.format](unit, plan.reading):
             image = (
                 decode_record(read, plan.preprocessing) if isinstance(read, ImageRecord) else read

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline import models, options
+from pipeline import models, options, verify
 
 README = Path(__file__).parents[1] / "README.md"
 _PART = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -20,6 +20,7 @@ def parts() -> dict[str, str]:
         "options": options.options_table(),
         "extract_help": _block(options.parser().format_help()),
         "models_help": _block(models.parser().format_help()),
+        "verify_help": _block(verify.parser().format_help()),
     }
 
 

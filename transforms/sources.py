@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,17 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from formats import example, inputs, tfrecord
+from formats import containers, example, inputs, listing, tfrecord
 from formats.dataset import key_digest, place_digest
+from formats.fields import Found, refer, too_many_bytes
 from formats.inputs import Source, Unit
+from formats.listing import Entry
 from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
 from formats.table import utf8
-from storage import files
+from storage import files, steady, web
 from storage.errors import RunError
 from storage.files import FileInfo
+from storage.steady import ignore
 from transforms.lookahead import io_threads, map_ahead
 from transforms.metrics import inc_counter
 
@@ -29,9 +33,17 @@ _PARSE_BYTES = 16 << 20  # ... or this many bytes of them
 _READ_AHEAD = 32  # image files being read at once
 
 
+_UNKNOWN_BYTES = 4 << 20  # what a file weighs whose size was not listed
+
+Retried = Callable[[], None]
+
+
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read: features by name, their types, caps in bytes, and what damage does."""
+    """How sources are read: features by name, their types, caps in bytes, and what damage does.
+
+    `allow_http`: whether a manifest's http(s) addresses are fetched.
+    """
 
     keys: example.ExampleKeys = field(default_factory=example.ExampleKeys)
     types: example.ExampleTypes = field(
@@ -39,20 +51,26 @@ class Reading:
     )
     max_image_bytes: int = 256 << 20
     on_damage: str = "record"
+    allow_http: bool = False
 
 
-def read_image_file(info: FileInfo, max_bytes: int) -> ImageRecord | Failure:
+def read_image_file(
+    info: FileInfo, max_bytes: int, on_retry: Retried = ignore
+) -> ImageRecord | Failure:
     """One file as one image; Failure where it is too large or cannot be read."""
     name = utf8(info.path) or ""
     ref = ImageRef(name, name)
     if info.size > max_bytes:
         return Failure.of(ref, "read", too_many_bytes(info.size, max_bytes), size=info.size)
     try:
-        data = files.read_bytes(info.path)
+        data = steady.read_bytes(info.path, info.size, on_retry)
     except OSError as error:
-        reason = ImageError(type(error).__name__, str(error))
-        return Failure.of(ref, "read", reason, size=info.size)
+        return Failure.of(ref, "read", _why(error), size=info.size)
     return _capped(ImageRecord(ref, data), max_bytes)  # it may have grown since it was listed
+
+
+def _why(error: OSError) -> ImageError:
+    return ImageError(type(error).__name__, str(error))
 
 
 def _capped(record: ImageRecord, max_bytes: int) -> ImageRecord | Failure:
@@ -63,43 +81,101 @@ def _capped(record: ImageRecord, max_bytes: int) -> ImageRecord | Failure:
     return Failure.of(record.ref, "read", reason, digest(record.data), size)
 
 
-def too_many_bytes(size: int, limit: int) -> ImageError:
-    """The reason to refuse an encoded image of `size` bytes."""
-    return ImageError("TooManyBytes", f"{size} bytes, more than --max_image_bytes {limit}")
-
-
-def read_image_files(unit: Unit, how: Reading) -> Iterator[ImageRecord | Failure]:
+def read_image_files(
+    unit: Unit, how: Reading, on_retry: Retried = ignore
+) -> Iterator[ImageRecord | Failure]:
     """The image files of `unit`, several being read at once."""
-    read = functools.partial(read_image_file, max_bytes=how.max_image_bytes)
+    read = functools.partial(read_image_file, max_bytes=how.max_image_bytes, on_retry=on_retry)
     return map_ahead(read, unit.files, io_threads(), _READ_AHEAD, weigh=lambda info: info.size)
 
 
-def read_tfrecord(unit: Unit, how: Reading) -> Iterator[ImageRecord | Failure]:
-    """The images of one TFRecord file, and a Failure for each damaged place.
+def read_entry(entry: Entry, how: Reading, on_retry: Retried = ignore) -> ImageRecord | Failure:
+    """The image that a row of a manifest names; Failure where it cannot be had."""
+    source = listing.shown(entry.path)
+    ref, error = refer(entry.key, source, entry.index, entry.values, how.keys, how.types)
+    size = None
+    if entry.wrong:
+        error = ImageError(*entry.wrong)
+    elif not error:
+        try:
+            record = ImageRecord(ref, _fetch(entry.path, how, on_retry))
+            if len(record.data) <= how.max_image_bytes:
+                return record
+            message = f"more than --max_image_bytes {how.max_image_bytes}"
+            error = ImageError("TooManyBytes", message)
+        except OSError as raised:
+            error = _why(raised)
+        except ImageError as raised:
+            error = raised
+    return Failure.of(ref, "read", error, size=size)
+
+
+def _fetch(path: str, how: Reading, on_retry: Retried) -> bytes:
+    """The file at `path`, no more than a byte over the limit of it."""
+    most = how.max_image_bytes + 1
+    if path.lower().startswith(listing.WEB):
+        if not how.allow_http:
+            raise ImageError("HttpNotAllowed", "http(s) addresses are read with --allow_http only")
+        return web.read_url(path, most, on_retry)
+    if "://" in path and path.partition("://")[0].lower() not in files.REMOTE:
+        scheme = path.partition("://")[0]
+        raise ImageError("UnsupportedScheme", f"no filesystem for {scheme[:40]}://")
+    return steady.read_at_most(path, most, on_retry)
+
+
+def read_entries(
+    unit: Unit, how: Reading, on_retry: Retried = ignore
+) -> Iterator[ImageRecord | Failure]:
+    """The images that the entries of `unit` name, several being read at once."""
+    read = functools.partial(read_entry, how=how, on_retry=on_retry)
+    weigh = functools.partial(_weight, most=how.max_image_bytes)
+    return map_ahead(read, unit.entries, io_threads(), _READ_AHEAD, weigh=weigh)
+
+
+def _weight(entry: Entry, most: int) -> int:
+    """About how many bytes reading `entry` will hold."""
+    if "://" in entry.path:
+        return _UNKNOWN_BYTES
+    try:
+        return min(os.path.getsize(entry.path), most)
+    except (OSError, ValueError):
+        return 0
+
+
+def read_container(
+    unit: Unit, how: Reading, on_retry: Retried = ignore
+) -> Iterator[ImageRecord | Failure]:
+    """The images of one container, and a Failure for each damaged place.
 
     Raises RunError at damage when `how.on_damage` is "fail".
     """
     (info,) = unit.files
     source = utf8(info.path) or ""
-    held: list[tfrecord.Record] = []
-    for item in itertools.islice(_walk(info, source, how), unit.limit):
-        if isinstance(item, tfrecord.Record):
-            held.append(item)
-            if len(held) == _PARSE_RECORDS or sum(len(r.data) for r in held) > _PARSE_BYTES:
-                yield from _parse(held, source, how)
-                held = []
-        else:
+    held: list[tfrecord.Record | Found] = []
+    size = 0
+    for item in itertools.islice(_walk(unit, source, how, on_retry), unit.limit):
+        if isinstance(item, Failure):
             yield item
+            continue
+        held.append(item)
+        size += len(item.data or b"")
+        if len(held) == _PARSE_RECORDS or size > _PARSE_BYTES:
+            yield from _parse(held, source, how)
+            held, size = [], 0
     yield from _parse(held, source, how)
 
 
-def _walk(info: FileInfo, source: str, how: Reading) -> Iterator[tfrecord.Record | Failure]:
+def _walk(
+    unit: Unit, source: str, how: Reading, on_retry: Retried
+) -> Iterator[tfrecord.Record | Found | Failure]:
+    (info,) = unit.files
     try:
-        for item in inputs.walk(info):
-            yield item if isinstance(item, tfrecord.Record) else _damaged(item, source, how)
+        for item in containers.walk(
+            info, unit.format, how.keys, how.max_image_bytes, unit.wanted, on_retry
+        ):
+            yield _damaged(item, source, how) if isinstance(item, tfrecord.Damage) else item
     except OSError as error:
-        reason = ImageError(type(error).__name__, str(error))
-        yield Failure.of(ImageRef(source, source), "read", reason, size=info.size)
+        yield Failure.of(ImageRef(source, source), "read", _why(error), size=info.size)
 
 
 def _damaged(damage: tfrecord.Damage, source: str, how: Reading) -> Failure:
@@ -114,15 +190,17 @@ def _damaged(damage: tfrecord.Damage, source: str, how: Reading) -> Failure:
 
 
 def _parse(
-    records: list[tfrecord.Record], source: str, how: Reading
+    items: list[tfrecord.Record | Found], source: str, how: Reading
 ) -> Iterator[ImageRecord | Failure]:
-    if not records:
-        return
-    for item in example.parse_examples(records, source, how.keys, how.types):
+    for item in containers.parse(items, source, how.keys, how.types) if items else ():
         yield _capped(item, how.max_image_bytes) if isinstance(item, ImageRecord) else item
 
 
-READERS = {inputs.TFRECORD: read_tfrecord, inputs.IMAGES: read_image_files}
+READERS = {
+    inputs.IMAGES: read_image_files,
+    inputs.MANIFEST: read_entries,
+    **dict.fromkeys(containers.CONTAINERS, read_container),
+}
 
 
 _ORDER = np.dtype([("a", "<u8"), ("b", "<u8")])  # a digest as two numbers, to sort by the first
@@ -154,12 +232,13 @@ class Finished:
         at = item if isinstance(item, Failure) else item.ref
         return self.holds(at.key, at.source, at.record_index)
 
-    def holds(self, key: str, source: str, index: int | None) -> bool:
-        """Whether the image of this key at this place is finished."""
+    def holds(self, key: str, source: str, index: int | None, only_key: bool = False) -> bool:
+        """Whether the image of this key at this place is finished; by its key alone if so asked."""
         place = place_digest(source, index)
         if _among(self._again, place):
             return False
-        return _among(self._finished, place) or _among(self._finished, key_digest(key))
+        at_place = not only_key and _among(self._finished, place)
+        return at_place or _among(self._finished, key_digest(key))
 
 
 def _sorted(digests: bytes) -> np.ndarray:
@@ -185,18 +264,10 @@ class _ReadUnits(beam.DoFn):
         self._finished = Finished.read(self._finished_path)
 
     def process(self, unit: Unit) -> Iterator[Any]:
-        skipped = 0
-        if unit.format == inputs.IMAGES:  # their places are known before they are read
-            names = [utf8(file.path) or "" for file in unit.files]
-            waiting = [
-                file
-                for name, file in zip(names, unit.files, strict=True)
-                if not self._finished.holds(name, name, None)
-            ]
-            skipped = len(unit.files) - len(waiting)
-            unit = dataclasses.replace(unit, files=tuple(waiting))
-        for item in READERS[unit.format](unit, self._how):
-            if item in self._finished:
+        unit, skipped = self._waiting(unit)
+        retries: list[None] = []  # filled by threads that Beam's counters do not know
+        for item in READERS[unit.format](unit, self._how, lambda: retries.append(None)):
+            if unit.format in inputs.CONTAINERS and item in self._finished:
                 skipped += 1
             elif isinstance(item, Failure):
                 inc_counter("ReadImages", "failures")
@@ -205,8 +276,37 @@ class _ReadUnits(beam.DoFn):
                 inc_counter("ReadImages", "images")
                 inc_counter("ReadImages", "bytes", len(item.data))
                 yield item
+        if retries:
+            inc_counter("ReadImages", "retries", len(retries))
         if skipped:
             yield beam.pvalue.TaggedOutput("skipped", skipped)
+
+    def _waiting(self, unit: Unit) -> tuple[Unit, int]:
+        """`unit` without the finished files, and how many: their places are known before."""
+        if unit.format == inputs.IMAGES:
+            names = [utf8(file.path) or "" for file in unit.files]
+            waiting = [
+                file
+                for name, file in zip(names, unit.files, strict=True)
+                if not self._finished.holds(name, name, None)
+            ]
+            left = dataclasses.replace(unit, files=tuple(waiting))
+        elif unit.format == inputs.MANIFEST:
+            entries = [entry for entry in unit.entries if not self._has(entry)]
+            left = dataclasses.replace(unit, entries=tuple(entries))
+        else:
+            return unit, 0
+        there, to_do = len(unit.files) + len(unit.entries), len(left.files) + len(left.entries)
+        return left, there - to_do
+
+    def _has(self, entry: Entry) -> bool:
+        source = listing.shown(entry.path)
+        ref, _ = refer(
+            entry.key, source, entry.index, entry.values, self._how.keys, self._how.types
+        )
+        # One file may be listed under many ids: there it is the id that tells what is done.
+        only_key = ref.key != entry.key
+        return self._finished.holds(ref.key, source, entry.index, only_key)
 
 
 class ReadImages(beam.PTransform):
@@ -226,7 +326,7 @@ class ReadImages(beam.PTransform):
         """A PCollection of one list of sources -> the three outputs."""
         return (
             sources
-            | "ListUnits" >> beam.FlatMap(inputs.list_units, self._limit)
+            | "ListUnits" >> beam.FlatMap(inputs.list_units, self._limit, self._how.keys)
             | "Spread" >> beam.Reshuffle()
             | "ReadUnits"
             >> beam.ParDo(_ReadUnits(self._how, self._finished)).with_outputs(

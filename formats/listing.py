@@ -1,0 +1,184 @@
+"""Manifests: CSV or JSON lines that name an image by `uri` in each row, with what belongs to it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+from formats import fields
+from formats.example import ExampleKeys, ExampleTypes
+from formats.table import utf8
+
+URI = "uri"
+CSV_ENDINGS, JSON_ENDINGS = (".csv",), (".jsonl", ".ndjson")
+ENDINGS = CSV_ENDINGS + JSON_ENDINGS
+WEB = ("http://", "https://")
+DEFAULT_LABEL = ExampleKeys().label
+_LINE_BYTES = 16 << 20  # longest line of JSON
+_Wrong = tuple[str, str]  # class and message of what is wrong with a row
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image that a list names.
+
+    `path` is the local path or URI to read, `key` the `uri` as written, `index` the row where the
+    row itself is to be told of (it is wrong, or a repetition), `values` what else the row holds.
+    `wrong` is why there is nothing to read: a class and a message.
+    """
+
+    key: str
+    path: str
+    index: int | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    wrong: _Wrong | None = None
+
+
+def is_listing(head: bytes, path: str) -> bool:
+    """Whether a file that begins with `head` names images: its first row has a `uri`."""
+    try:
+        if path.lower().endswith(CSV_ENDINGS):
+            return URI in next(csv.reader(io.StringIO(_first_line(head), newline="")), [])
+        return URI in json.loads(_first_line(head))
+    except (csv.Error, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _first_line(head: bytes) -> str:
+    return head.decode("utf-8-sig", "surrogateescape").lstrip("\r\n").partition("\n")[0]
+
+
+def read_entries(stream: BinaryIO, path: str, names: Sequence[str]) -> Iterator[Entry]:
+    """The rows of the manifest at `path`, with those of their values that `names` tells.
+
+    It is CSV unless it is named .jsonl or .ndjson or begins with a brace. A `uri` without a scheme
+    is relative to the manifest. Raises ValueError, one line, for CSV whose header has no `uri`, and
+    errors of `stream`.
+    """
+    buffered = io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
+    as_json = path.lower().endswith(JSON_ENDINGS) or (
+        not path.lower().endswith(CSV_ENDINGS) and buffered.peek(1).lstrip()[:1] == b"{"
+    )
+    base = path.rpartition("/")[0]
+    lines = cast(BinaryIO, buffered)
+    rows = _json_rows(lines) if as_json else _csv_rows(lines, path)
+    for index, row in enumerate(rows):
+        wrong = row if isinstance(row, tuple) else None
+        uri = row.get(URI) if isinstance(row, dict) else None
+        if wrong is None and (not isinstance(uri, str) or not uri):
+            wrong = ("MissingFeature", f"the row has no {URI!r}")
+        elif uri is not None and not _can_be_path(uri):
+            wrong = ("BadRow", f"the {URI!r} holds a zero byte or half a surrogate pair")
+        if wrong:
+            yield Entry(f"{shown(path)}#{index}", path, index, {}, wrong)
+        else:
+            assert isinstance(row, dict)
+            assert isinstance(uri, str)
+            values = {name: row[name] for name in names if name in row}
+            yield Entry(shown(uri), resolve(uri, base), None, values)
+
+
+def _can_be_path(uri: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(uri)
+    except UnicodeEncodeError:
+        return False
+
+
+def shown(path: str) -> str:
+    """`path` as text that any file can hold."""
+    try:
+        return utf8(path) or ""
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return path.encode("utf-8", "backslashreplace").decode()
+
+
+def resolve(uri: str, base: str) -> str:
+    """Where the image lies that a manifest in the folder `base` calls `uri`."""
+    if uri.startswith("file://"):
+        return uri.removeprefix("file://")
+    if "://" in uri or os.path.isabs(uri):
+        return uri
+    scheme, found, rest = base.partition("://")
+    if found:
+        bucket, _, folder = rest.partition("/")
+        return f"{scheme}://{bucket}{posixpath.normpath(posixpath.join('/', folder, uri))}"
+    return os.path.normpath(os.path.join(base, uri))
+
+
+def _csv_rows(stream: BinaryIO, path: str) -> Iterator[dict[str, Any] | _Wrong]:
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    header = next(reader, None)
+    if header is None:
+        return
+    if URI not in header:
+        told = ", ".join(header)[:200]
+        raise ValueError(f"{path}: a manifest names images in a column {URI!r}; it has {told}")
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield "BadRow", f"line {reader.line_num}: {error}"
+            continue
+        if len(cells) == len(header):
+            yield {n: None if c == "" and n != URI else c for n, c in zip(header, cells)}  # noqa: B905
+        elif cells:
+            yield "BadRow", f"{len(cells)} cells under a header of {len(header)}"
+
+
+def _json_rows(stream: BinaryIO) -> Iterator[dict[str, Any] | _Wrong]:
+    number = 0
+    while line := stream.readline(_LINE_BYTES):
+        number += 1
+        if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield "BadRow", f"line {number} is over {_LINE_BYTES} bytes"
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield "BadRow", f"line {number} is no JSON: {error}"
+            continue
+        yield row if isinstance(row, dict) else ("BadRow", f"line {number} is no JSON object")
+
+
+def infer_types(entries: Sequence[Entry], path: str, keys: ExampleKeys) -> ExampleTypes:
+    """The types of label and columns as a sample of a manifest's rows shows them.
+
+    Cells of CSV are numbers where all of the sample are. Raises ValueError, one line, for a name
+    that no sampled row has (but the default label, which is null then), and for float labels.
+    """
+    rows = [entry for entry in entries if not entry.wrong]
+    if not rows:
+        return ExampleTypes(fields.no_type(), dict.fromkeys(keys.columns, fields.no_type()))
+    there = {name for entry in rows for name in entry.values}
+    for name in fields.names_of(keys):
+        if name not in there and not (name == keys.label == DEFAULT_LABEL):
+            raise ValueError(f"{name!r} is in none of the first {len(rows)} rows of {path}")
+    as_text = not path.lower().endswith(JSON_ENDINGS)
+    sampled = {name: [entry.values.get(name) for entry in rows] for name in there}
+    label = fields.no_type()
+    if keys.label in sampled:
+        values = sampled[keys.label]
+        if as_text:
+            values = [fields.integer(v) if isinstance(v, str) else v for v in values]
+        label = fields.label_type(values, keys.label)
+    columns = {}
+    for name in keys.columns:
+        values = fields.numbers(sampled[name]) if as_text else sampled[name]
+        columns[name] = fields.column_type(values, name)
+    return ExampleTypes(label, columns)

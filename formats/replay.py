@@ -1,0 +1,86 @@
+"""What failed in an earlier run, as work to be done again: the rows of an output's failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from formats import dataset
+from formats.dataset import FAILURES, FEATURES
+from storage import files
+from storage.errors import RequestError
+
+
+@dataclass(slots=True)
+class Failed:
+    """What failed of one source: keys by record index, of images and of damaged places.
+
+    `images`: keys of failures without a record index, and whether each was not even read. `done`:
+    the indices that the output has, where something else may hide more of the source than itself.
+    """
+
+    source: str
+    keys: dict[int, str] = field(default_factory=dict)
+    images: dict[str, bool] = field(default_factory=dict)
+    damage: dict[int, str] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+
+
+def manifest_of(output: str) -> Mapping[str, Any]:
+    """The manifest of the output whose failures are asked for. Raises RequestError."""
+    manifest = dataset.read_manifest(output)
+    if manifest is None:
+        raise RequestError(
+            f"--input {output}: no output of this program (it has no manifest.json); "
+            "--input_format failures takes the directory that a run wrote to"
+        )
+    return manifest
+
+
+def count_failures(output: str) -> int:
+    """How many failures the manifest of `output` tells of. Raises RequestError."""
+    return int(manifest_of(output)["counts"][FAILURES])
+
+
+def failed_sources(output: str) -> Iterator[Failed]:
+    """The failures of `output` by source, in the order of their names. Raises OSError."""
+    manifest = manifest_of(output)
+    found: dict[str, Failed] = {}
+    for key, source, index, stage in _rows(
+        output, manifest, FAILURES, "key", "source", "record_index", "stage"
+    ):
+        at = found.setdefault(source, Failed(source))
+        if index is None:
+            at.images[key] = stage == "read"
+        elif key.startswith(f"{source}@"):
+            at.damage[index] = key
+        else:
+            at.keys[index] = key
+    # A failure in opening may stand for a whole container, of which another run has read a part.
+    hidden = {s for s, at in found.items() if at.damage or any(at.images.values())}
+    if hidden:
+        for source, index in _rows(output, manifest, FEATURES, "source", "record_index"):
+            if source in hidden and index is not None:
+                found[source].done.add(index)
+    for source in sorted(found):
+        yield found[source]
+
+
+def _rows(
+    output: str, manifest: Mapping[str, Any], kind: str, *columns: str
+) -> Iterator[tuple[Any, ...]]:
+    for entry in manifest["files"]:
+        if not entry["path"].startswith(f"{kind}/"):
+            continue
+        with dataset.open_part(output, entry["path"]) as part:
+            for batch in part.iter_batches(columns=list(columns)):
+                yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+def listed(source: str) -> files.FileInfo | None:
+    """The file at `source` as it lies there now; None where there is none. Raises OSError."""
+    if "://" in source and not source.startswith(("gs://", "s3://")):
+        return None
+    found = next(files.find(source), None)
+    return found if found and found.path == source else None

@@ -1,0 +1,54 @@
+"""Hold the files of an output against its manifest.
+
+    python -m pipeline.verify out/features
+
+Beam's flags for gs:// and s3:// (--s3_endpoint_url, --no_auth, ...) pass through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from pipeline.options import OneLineParser, check_beam_flags
+from storage import files
+from storage.errors import RequestError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = OneLineParser(
+        prog="python -m pipeline.verify",
+        usage="python -m pipeline.verify OUT [flags]",
+        description="Hold an output against its manifest: presence, sha256, page checksums, rows, "
+        "unique keys, finite vectors of the right width, one schema, counts. A line a problem on "
+        "stderr, a JSON summary as the last line of stdout. Exit 0 whole, 1 damaged, 2 no output "
+        "at all. Beam's flags for gs:// and s3:// pass through.",
+        allow_abbrev=False,
+    )
+    result.add_argument("output", metavar="OUT", help="what a run wrote to: local, gs:// or s3://")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify; returns the exit code: 0 whole, 1 damaged, 2 no output at all."""
+    try:
+        request, beam_args = parser().parse_known_args(argv)
+        check_beam_flags(beam_args)
+        output = files.absolute(request.output)
+        if files.is_remote(output):
+            files.configure_stores(beam_args)
+        from formats.verification import verify  # after the flags: --help needs no library
+
+        result = verify(output, lambda line: print(line, file=sys.stderr))
+    except (RequestError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    print(json.dumps(result), flush=True)
+    return 0 if result["status"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
