@@ -6,6 +6,7 @@ Each runs in threads of this process, on a free port, and ends with its `with` b
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.server
 import os
 import threading
@@ -14,6 +15,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 BUCKET = "bucket"
@@ -98,15 +100,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def http_site() -> Iterator[Site]:
     """An HTTP server with nothing on it yet."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    site = Site(f"http://127.0.0.1:{server.server_port}")
-    server.RequestHandlerClass = type("Handler", (_Handler,), {"site": site})
+    handler = type("Handler", (_Handler,), {})
+    with _serving(handler) as server:
+        handler.site = site = Site(f"http://127.0.0.1:{server.server_port}")
+        try:
+            yield site
+        finally:
+            site.closing.set()
+
+
+@contextlib.contextmanager
+def _serving(handler: Any) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server with a thread a connection, which answers by `handler`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield site
+        yield server
     finally:
-        site.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -137,22 +149,20 @@ class Store:
 @contextlib.contextmanager
 def gs_store() -> Iterator[Store]:
     """Google Cloud Storage, emulated."""
+    from apache_beam.internal.gcp.auth import _Credentials
     from gcp_storage_emulator.handlers import buckets
-    from gcp_storage_emulator.server import APIThread
+    from gcp_storage_emulator.server import RequestHandler
     from gcp_storage_emulator.storage import Storage
 
     storage = Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
-    thread = APIThread("127.0.0.1", 0, storage, daemon=True)
-    thread.start()
-    assert thread.is_running.wait(10)
-    address = f"http://127.0.0.1:{thread._httpd.server_port}"
-    _answers(f"{address}/storage/v1/b/{BUCKET}")
-    try:
+    # Beam looks for credentials despite --no_auth, 20 s long where there are none.
+    no_credentials = mock.patch.multiple(_Credentials, _credentials_init=True, _credentials=None)
+    # The emulator's own server has one thread, which one client that stays connected holds.
+    with no_credentials, _serving(functools.partial(RequestHandler, storage)) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
         with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": address}):
             yield Store(f"gs://{BUCKET}", {"no_auth": True})
-    finally:
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -3,10 +3,12 @@
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import exports
@@ -380,6 +382,105 @@ def test_missing_shards_and_empty_files_are_told(tmp_path, job):
         assert warning in ran.stderr
 
 
+# --- other sources -----------------------------------------------------------------------------
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for name, members in samples.items():
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_parquet_as_hugging_face_writes_it(tmp_path, job):
+    pictures = list(different(5).values())
+    rows = [{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(pictures)]
+    rows[3] = {"bytes": None, "path": "elsewhere/3.jpg"}
+    columns = {"image": rows, "label": [4, 3, 2, 1, 0], "tags": [["a"], [], None, ["b"], ["c"]]}
+    path = tmp_path / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    asked = {"image_key": "image", "label_key": "label", "columns": "tags"}
+    ran = job(path, max_failure_rate=1, **asked)
+    rows = ran.rows("features")
+    assert list(rows) == [f"{path}#{n}" for n in (0, 1, 2, 4)]
+    row = rows[f"{path}#4"]
+    assert (row["source"], row["record_index"], row["label"]) == (str(path), 4, 0)
+    assert row["tags"] == ["c"]
+    assert row["sha256"] == hashlib.sha256(pictures[4]).hexdigest()
+    (failure,) = ran.rows("failures").values()
+    assert (failure["key"], failure["error_class"]) == (f"{path}#3", "MissingFeature")
+    assert_true_manifest(ran)
+    wrong = job(path, output=tmp_path / "b")
+    assert wrong.code == 2
+    assert "pass --image_key image" in wrong.stderr
+
+
+def test_webdataset_tars(tmp_path, job):
+    about = [json.dumps({"wide": 40 + n, "text": f"t{n}"}).encode() for n in range(3)]
+    for shard in range(2):
+        samples = {
+            f"s{shard}{n}": {"cls": b"%d" % n, "jpg": jpeg(40 + n + 5 * shard), "json": about[n]}
+            for n in range(3)
+        }
+        write_tar(tmp_path / f"{shard}.{('tar', 'tgz')[shard]}", samples)
+    cut = tmp_path / "0.tar"
+    cut.write_bytes(cut.read_bytes()[:-11_000])
+    ran = job(tmp_path / "*.t*", id_key="__key__", columns="wide", max_failure_rate=1)
+    assert ran.code == 0, ran.stderr
+    rows = ran.rows("features")
+    assert {"s00", "s10", "s11", "s12"} <= set(rows) <= {"s00", "s01", "s02", "s10", "s11", "s12"}
+    assert (rows["s12"]["label"], rows["s12"]["wide"], rows["s12"]["record_index"]) == (2, 42, 2)
+    assert [row["error_class"] for row in ran.rows("failures").values()] == ["TruncatedMember"]
+    assert_true_manifest(ran)
+
+
+def test_a_manifest_with_labels_repetitions_and_what_is_not_there(tmp_path, job):
+    write_pictures(tmp_path / "p", different(3))
+    listing = tmp_path / "list.csv"
+    rows = ["uri,label,note", "p/0.jpg,cat,1", "p/1.jpg,dog,", "gone.jpg,cat,3", "p/0.jpg,cat,4"]
+    listing.write_text("\n".join([*rows, "http://127.0.0.1:9/x.jpg,cat,5", "cat"]))
+    ran = job(listing, label_key="label", columns="note", max_failure_rate=1)
+    rows = ran.rows("features")
+    assert {key: (row["label"], row["note"]) for key, row in rows.items()} == {
+        "p/0.jpg": ("cat", 1),
+        "p/1.jpg": ("dog", None),
+    }
+    assert rows["p/0.jpg"]["source"] == str(tmp_path / "p" / "0.jpg")
+    assert {key: row["error_class"] for key, row in ran.rows("failures").items()} == {
+        "gone.jpg": "FileNotFoundError",
+        f"{tmp_path}/p/0.jpg#3": "DuplicateKey",
+        "http://127.0.0.1:9/x.jpg": "HttpNotAllowed",
+        f"{listing}#5": "BadRow",
+    }
+    assert ran.line["images"] == 6
+    assert_true_manifest(ran)
+    lines = [f"p/{n}.jpg" for n in (2, 0, 1)]
+    (tmp_path / "new.csv").write_text("\n".join(["uri,label,note"] + [f"{u},cat,1" for u in lines]))
+    flags = {"label_key": "label", "columns": "note", "max_failure_rate": 1}
+    more = job(tmp_path / "new.csv", if_exists="resume", **flags)
+    assert (more.line["features"], more.line["skipped"]) == (1, 2)  # however rows are moved about
+    assert_true_manifest(more)
+
+
+def test_all_sources_of_one_picture_give_the_same_bits(tmp_path, job):
+    data = jpeg()
+    write_pictures(tmp_path / "p", {"a.jpg": data})
+    write_tfrecord(tmp_path / "b.tfrecord", [{"image/encoded": data}])
+    pq.write_table(pa.table({"image/encoded": [data]}), tmp_path / "c.parquet")
+    write_tar(tmp_path / "d.tar", {"x": {"jpg": data}})
+    (tmp_path / "e.jsonl").write_text('{"uri": "p/a.jpg"}\n')
+    names = ("p", "b.tfrecord", "c.parquet", "d.tar", "e.jsonl")
+    ran = job(*(tmp_path / name for name in names))
+    assert ran.line["features"] == 5
+    rows = list(ran.rows("features").values())
+    for row in rows[1:]:
+        assert (row["sha256"], row["embedding"]) == (rows[0]["sha256"], rows[0]["embedding"])
+    assert_true_manifest(ran)
+
+
 # --- what is there already ---------------------------------------------------------------------
 
 
@@ -468,6 +569,7 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
         ({"max_failure_rate": "10"}, "0 to 1"),
         ({"batch_size": "0"}, "at least 1"),
         ({"formats": "jpeg,heic"}, "heic"),
+        ({"input_format": "failures"}, "no output of this program"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_2(tmp_path, job, flags, told):

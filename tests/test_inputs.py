@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import gzip
 import io
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from formats import inputs
-from formats.inputs import IMAGES, TFRECORD, Source, Unit, list_units, sample, survey
+from formats import containers, inputs
+from formats.containers import Wanted
+from formats.example import ExampleKeys, ExampleTypes, serialize_example
+from formats.inputs import (
+    IMAGES,
+    MANIFEST,
+    PARQUET,
+    TFRECORD,
+    WEBDATASET,
+    Source,
+    Unit,
+    infer_types,
+    list_units,
+    sample,
+    survey,
+)
+from formats.listing import Entry
 from formats.tfrecord import Damage, write_record
 from storage import files
 from storage.errors import RequestError
@@ -23,7 +41,24 @@ def framed(count, start=0):
     return stream.getvalue()
 
 
+def tar(count):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as file:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = 1
+            file.addfile(info, io.BytesIO(b"x"))
+    return stream.getvalue()
+
+
+def table(count):
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x"] * count}), stream)
+    return stream.getvalue()
+
+
 TWO = framed(2)
+TAR, TABLE, LIST = tar(2), table(2), b"uri\na.jpg\nb.jpg\n"
 WRONG_LENGTH = b"\1" + TWO[1:]
 
 
@@ -59,6 +94,22 @@ def names(unit):
         ({"_SUCCESS": b"not looked at", "a": TWO}, TFRECORD),
         ({"a": gzip.compress(b"a text")}, IMAGES),
         ({}, IMAGES),
+        ({"a.parquet": TABLE}, PARQUET),
+        ({"a.parquet": TABLE, "sub__b.PQ": TABLE, "_SUCCESS": b"x", "c.parquet": b""}, PARQUET),
+        ({"a.parquet": TABLE, "b.jpg": JPEG}, IMAGES),
+        ({"a.parquet": TABLE, "b.parquet": b"no table"}, IMAGES),
+        ({"a": TABLE}, IMAGES),
+        ({"a.tar": TAR}, WEBDATASET),
+        ({"a.tar": TAR, "b.tgz": gzip.compress(TAR), "c.tar.gz": TAR}, WEBDATASET),
+        ({"a.tar": TAR, "b.parquet": TABLE}, IMAGES),
+        ({"a.tar": b"no tar"}, IMAGES),
+        ({"a.tar.gz": gzip.compress(b"x")}, IMAGES),
+        ({"a.csv": LIST}, MANIFEST),
+        ({"a.csv": LIST, "b.jsonl": b'{"uri": "x"}', "c.ndjson": b'{"uri": "x"}'}, MANIFEST),
+        ({"a.csv": b"url\nx\n"}, IMAGES),
+        ({"a.csv": LIST, "a.jpg": JPEG}, IMAGES),
+        ({"a.txt": LIST}, IMAGES),
+        ({"manifest.json": b"{}", "features__part-1.parquet": TABLE}, IMAGES),
     ],
 )
 def test_detection(tmp_path, contents, expected):
@@ -100,6 +151,17 @@ def test_an_input_that_cannot_be_read_is_a_wrong_request(tmp_path, monkeypatch):
         survey([write(tmp_path, a=JPEG)], "auto", allow_empty=False)
 
 
+def test_many_files_of_one_name_are_known_by_the_first(tmp_path, monkeypatch):
+    """A bucket of 100,000 tables is not opened table by table before the run."""
+    folder = write(tmp_path, **{f"{n:03}.parquet": TABLE for n in range(40)})
+    opened = []
+    open_read = files.open_read
+    monkeypatch.setattr(files, "open_read", lambda path: opened.append(path) or open_read(path))
+    sources, _ = survey([folder], "auto", allow_empty=False)
+    assert sources[0].format == PARQUET
+    assert len(opened) < 20
+
+
 @pytest.mark.parametrize(
     ("contents", "said"),
     [
@@ -107,6 +169,8 @@ def test_an_input_that_cannot_be_read_is_a_wrong_request(tmp_path, monkeypatch):
         ({"s-00000-of-00002": TWO, "s-00001-of-00002": b""}, ["s-00001-of-00002: zero bytes"]),
         ({"s-00000-of-00003": TWO}, ["s-00001-of-00003: this", "s-00002-of-00003: this"]),
         ({"a.tfrecord": b""}, ["a.tfrecord: zero bytes"]),
+        ({"a.parquet": TABLE, "b.parquet": b""}, ["b.parquet: zero bytes"]),
+        ({"a.tar": TAR, "b.tar": b""}, ["b.tar: zero bytes"]),
         ({"a.jpg": b"", "b.jpg": JPEG}, []),  # it becomes a failure of its own
     ],
 )
@@ -169,6 +233,22 @@ def test_limit_counts_over_files_and_formats(tmp_path, limit, expected):
     assert sum(count for _, count in found) == min(limit, 11)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 6, 7, 8, 9])
+def test_limit_counts_over_every_format(tmp_path, limit):
+    sources = [
+        Source(write(tmp_path / "1", **{"a.parquet": table(3), "b.parquet": b""}), PARQUET),
+        Source(write(tmp_path / "2", **{"a.tar": TAR}), WEBDATASET),
+        Source(write(tmp_path / "3", **{"a.csv": LIST}), MANIFEST),
+        Source(write(tmp_path / "4", a=JPEG), IMAGES),
+        Source(write(tmp_path / "5", **{"a.parquet": b"no table"}), PARQUET),
+    ]
+    units = list(list_units(sources, limit))
+    counts = [
+        unit.limit or len(unit.entries) or len(unit.files) for unit in units if unit.limit != 0
+    ]
+    assert sum(counts) == min(limit, 9)
+
+
 def test_limit_counts_a_damaged_place_as_one(tmp_path):
     folder = write(tmp_path, a=WRONG_LENGTH, b=TWO)
     units = list(list_units([Source(folder, TFRECORD)], 2))
@@ -201,8 +281,11 @@ def test_sources_that_match_nothing_give_no_units(tmp_path):
 def test_walk_gives_records_and_damage(tmp_path):
     write(tmp_path, good=TWO, bad=TWO + WRONG_LENGTH)
     bad, good = files.find(str(tmp_path))
-    assert [r.data for r in inputs.walk(good)] == [b"record 0", b"record 1"]
-    assert [type(r) is Damage for r in inputs.walk(bad)] == [False, False, True]
+    good_ones, bad_ones = (
+        list(containers.walk(info, TFRECORD, ExampleKeys(), 0)) for info in (good, bad)
+    )
+    assert [r.data for r in good_ones] == [b"record 0", b"record 1"]
+    assert [type(r) is Damage for r in bad_ones] == [False, False, True]
 
 
 def test_sample_takes_the_first_records_of_containers_alone(tmp_path):
@@ -214,8 +297,27 @@ def test_sample_takes_the_first_records_of_containers_alone(tmp_path):
     assert sample(sources[:1], 9) == []
 
 
+def test_one_type_a_run_over_inputs_of_several_formats(tmp_path):
+    stream = io.BytesIO()
+    write_record(stream, serialize_example({"image": b"x", "label": 1, "n": 0.5}))
+    both = pa.table({"image": [b"x"], "label": [2], "n": [3]})
+    pq.write_table(both, tmp_path / "b.parquet")
+    text = b"uri,label,n\na.jpg,cat,7\n"
+    folder = write(tmp_path, **{"a.tfrecord": stream.getvalue(), "c.csv": text})
+    sources, _ = survey([f"{folder}/a*", f"{folder}/b*", f"{folder}/c*"], "auto", False)
+    keys = ExampleKeys("image", None, "label", ("n",))
+    assert infer_types(sources[:2], keys, 9) == ExampleTypes(pa.int64(), {"n": pa.float64()})
+    assert infer_types(sources, keys, 9) == ExampleTypes(pa.string(), {"n": pa.float64()})
+    assert infer_types([Source(folder, IMAGES)], keys, 9) is None
+    (tmp_path / "c.csv").write_bytes(text.replace(b"7", b"x"))
+    with pytest.raises(ValueError, match="--columns n: double in one input and string in another"):
+        infer_types(sources, keys, 9)
+
+
 def test_a_unit_can_cross_a_shuffle():
     import pickle
 
-    unit = Unit(TFRECORD, (files.FileInfo("/d/caf\udce9", 3),), 2)
+    entry = Entry("a", "/d/a", 3, {"label": 1}, ("BadRow", "why"))
+    wanted = Wanted(frozenset([1, 2]), 7, frozenset([9]))
+    unit = Unit(TFRECORD, (files.FileInfo("/d/caf\udce9", 3),), 2, (entry,), wanted)
     assert pickle.loads(pickle.dumps(unit)) == unit

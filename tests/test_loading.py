@@ -1,6 +1,7 @@
 """Loading: what a module holds is found, checked, and run as one function of uint8 pixels."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import exports
@@ -10,7 +11,7 @@ import tensorflow as tf
 from reference_weights import images
 
 from models.export import export_saved_model
-from models.loading import LoadSpec, ModelError, load
+from models.loading import Hints, LoadSpec, ModelError, load
 from storage.errors import RequestError
 
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -137,7 +138,7 @@ def save_plain(directory: Path, **how) -> str:
 
 
 def test_another_architecture_loads_by_the_same_rules(tmp_path):
-    model = load(LoadSpec(save_plain(tmp_path / "m", size=8)))
+    model = load(LoadSpec(save_plain(tmp_path / "m", size=8), hints=Hints(None, (0.0, 1.0))))
     assert dict(model.info.outputs) == {"embedding": 3, "logits": 5}
     pixels = np.full((2, 8, 8, 3), 51, np.uint8)
     got = model(pixels)
@@ -148,5 +149,26 @@ def test_another_architecture_loads_by_the_same_rules(tmp_path):
 def test_inputs_that_are_no_pictures_are_refused(tmp_path):
     with pytest.raises(ModelError, match="one batch of pictures"):
         load(LoadSpec(save_plain(tmp_path / "flat", size=8, rank=3)))
-    with pytest.raises(ModelError, match="fixed size"):
+    with pytest.raises(ModelError, match="give --image_size"):
         load(LoadSpec(save_plain(tmp_path / "open", size=None)))
+
+
+def test_bfloat16_is_near_and_says_the_same_of_a_picture_in_every_call():
+    exact = load(LoadSpec(exports.exported("saved_model", "classification")))
+    rough = load(LoadSpec(exports.exported("saved_model", "classification"), precision="bfloat16"))
+    pixels = uint8_pictures(SIZE)
+    for name, vectors in rough(pixels).items():
+        assert vectors.dtype == np.float32
+        assert 1e-5 < worst(vectors, exact(pixels)[name]) < 0.05
+        assert np.array_equal(vectors, rough(pixels)[name])
+    assert rough.info.fingerprint == exact.info.fingerprint
+
+
+def test_calls_run_side_by_side_give_the_same_bits():
+    spec = LoadSpec(exports.exported("saved_model", "classification"), copies=3)
+    model = load(spec)
+    pixels = uint8_pictures(SIZE)
+    alone = model(pixels)
+    with ThreadPoolExecutor(6) as pool:
+        for vectors in pool.map(model, [pixels] * 24):
+            assert all(np.array_equal(vectors[name], alone[name]) for name in alone)

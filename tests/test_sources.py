@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import pickle
+import tarfile
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import servers
 from beams import pipe
 
 from formats import inputs
@@ -19,16 +23,17 @@ from formats.inputs import IMAGES, TFRECORD, Source, Unit
 from formats.records import Failure, ImageRecord, ImageRef
 from formats.tfrecord import write_record
 from pipeline.job import DIRECT_RUNNER
-from storage import files
+from pipeline.options import INPUT_FORMATS
+from storage import files, steady
 from storage.errors import RunError
 from transforms import sources
 from transforms.sources import (
     Finished,
     ReadImages,
     Reading,
+    read_container,
     read_image_file,
     read_image_files,
-    read_tfrecord,
 )
 
 HOW = Reading()
@@ -57,7 +62,7 @@ def unit_of(folder, format=TFRECORD, limit=None):
 
 
 def read(folder_or_file, how=HOW, limit=None):
-    return list(read_tfrecord(unit_of(folder_or_file, limit=limit), how))
+    return list(read_container(unit_of(folder_or_file, limit=limit), how))
 
 
 def run(source_list, how=HOW, **options):
@@ -115,8 +120,9 @@ def test_a_file_that_has_grown_since_it_was_listed_is_held_to_the_limit_too(tmp_
 def test_what_is_read_ahead_is_bounded_by_bytes(tmp_path, monkeypatch):
     """32 files ahead would be 8 GiB at --max_image_bytes."""
     opened = []
-    monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or b"x")
-    listed = tuple(files.FileInfo(f"/d/{n}", 40 << 20) for n in range(32))
+    data = bytes(40 << 20)
+    monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or data)
+    listed = tuple(files.FileInfo(f"/d/{n}", len(data)) for n in range(32))
     next(iter(read_image_files(Unit(IMAGES, listed), HOW)))
     assert len(opened) <= 2
 
@@ -182,7 +188,7 @@ def test_a_file_that_cannot_be_read_is_one_failure(tmp_path):
     path = write(tmp_path / "a", framed(example(0)))
     unit = unit_of(path)
     (tmp_path / "a").unlink()
-    (failure,) = read_tfrecord(unit, HOW)
+    (failure,) = read_container(unit, HOW)
     assert (failure.key, failure.source, failure.record_index) == (path, path, None)
     assert (failure.stage, failure.error_class) == ("read", "FileNotFoundError")
     assert failure.bytes == unit.files[0].size
@@ -199,6 +205,7 @@ def test_a_store_that_fails_in_the_middle_keeps_what_came_before(tmp_path, monke
             return super().read(count)
 
     monkeypatch.setattr(files, "open_read", lambda path: Failing(data))
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
     rows = read(path)
     (failure,) = (row for row in rows if isinstance(row, Failure))
     assert (failure.key, failure.error_class, failure.record_index) == (path, "OSError", None)
@@ -254,6 +261,138 @@ def test_everything_is_read_once(tmp_path):
     assert skipped == 0
 
 
+def every_format(folder):
+    """Six sources of every format, some of it bad: 5 + 3 + 4 + 3 + 3 = 18 images."""
+    rows = [{"bytes": b"p%d" % n if n else None, "path": "x"} for n in range(5)]
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"image/encoded": rows}), folder / "a.parquet", row_group_size=2)
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        for n in range(3):
+            info = tarfile.TarInfo(f"{n}.jpg")
+            info.size = 900
+            tar.addfile(info, io.BytesIO(bytes(900)))
+    write(folder / "b.tar", (folder / "b.tar").read_bytes()[:4000])  # cut in the third
+    write(folder / "c.csv", b"uri\npictures/x\nnowhere\npictures/x\na,b\n")
+    write(folder / "t", framed(*(example(n) for n in range(3))))
+    for name in "xyz":
+        write(folder / "pictures" / name, b"picture")
+    sources, _ = inputs.survey(
+        [f"{folder}/{name}" for name in ("a.parquet", "b.tar", "c.csv", "t", "pictures")],
+        "auto",
+        allow_empty=False,
+    )
+    assert len({source.format for source in sources}) == 5
+    return sources
+
+
+def read_all(source_list):
+    """Keys of images and classes of failures, without Beam, which has options of its own."""
+    units = inputs.list_units(source_list, None)
+    items = [item for unit in units for item in sources.READERS[unit.format](unit, HOW)]
+    return (
+        [item.ref.key for item in items if isinstance(item, ImageRecord)],
+        [item.error_class for item in items if isinstance(item, Failure)],
+    )
+
+
+EVERY_FAILURE = ["MissingFeature", "TruncatedMember", "FileNotFoundError", "BadRow"]
+
+
+def test_every_image_of_every_format_ends_in_one_place(tmp_path):
+    images, failures, skipped = run(every_format(tmp_path))
+    assert (len(images), len(failures), skipped) == (14, 4, 0)
+    assert sorted(failure.error_class for failure in failures) == sorted(EVERY_FAILURE)
+    assert images.count("pictures/x") == 2  # which the commit will settle
+
+
+def test_nothing_is_lost_or_doubled_on_a_store_that_fails_now_and_then(tmp_path, monkeypatch):
+    """An error at every third opening and every fifth read, whatever is being read."""
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    calm = run(every_format(tmp_path))
+    open_read = files.open_read
+    count = itertools.count(1)
+    reads = itertools.count(1)
+
+    class Flaky(io.FileIO):
+        def read(self, size=-1):
+            if next(reads) % 5 == 0:
+                raise OSError("try again")
+            return super().read(size)
+
+    def open_flaky(path):
+        if next(count) % 3 == 0:
+            raise OSError("try again")
+        return Flaky(path)
+
+    sources = every_format(tmp_path)
+    monkeypatch.setattr(files, "open_read", open_flaky)
+    assert run(sources) == calm
+    assert next(reads) > 30
+    monkeypatch.setattr(files, "open_read", open_read)
+    assert run(sources) == calm
+
+
+@pytest.mark.parametrize("scheme", servers.STORES)
+def test_every_format_reads_alike_from_a_store(tmp_path, scheme):
+    """What is missing there is told by the class of a local file's error."""
+    calm = read_all(every_format(tmp_path))
+    with servers.STORES[scheme]() as store:
+        files.configure_stores(store.argv)
+        for path in tmp_path.rglob("*"):
+            if path.is_file():
+                name = path.relative_to(tmp_path)
+                files.write_bytes(f"{store.uri}/in/{name}", path.read_bytes())
+        names = ("a.parquet", "b.tar", "c.csv", "t", "pictures")
+        patterns = [f"{store.uri}/in/{name}" for name in names]
+        sources, _ = inputs.survey(patterns, "auto", allow_empty=False)
+        assert len({source.format for source in sources}) == 5
+        images, failures = read_all(sources)
+    local = str(tmp_path)
+    assert images == [key.replace(local, f"{store.uri}/in") for key in calm[0]]
+    assert failures == calm[1]
+    assert sorted(failures) == sorted(EVERY_FAILURE)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "b.tar", "t"])
+def test_a_container_whose_store_dies_in_the_middle_is_one_failure(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    every_format(tmp_path)
+    path = tmp_path / name
+    data = path.read_bytes()
+    (source,), _ = inputs.survey([str(path)], "auto", allow_empty=False)
+    (unit,) = inputs.list_units([source], None)
+    whole = [item.ref.key for item in read_container(unit, HOW) if isinstance(item, ImageRecord)]
+    dead = {
+        "a.parquet": (150, len(data) - 700),
+        "b.tar": (1900, 10**9),
+        "t": (len(data) // 3, 10**9),
+    }
+    start, end = dead[name]
+
+    class Dead(io.BytesIO):
+        def read(self, size=-1):
+            if start < self.tell() < end:
+                raise OSError("the line is dead")
+            return super().read(size)
+
+    monkeypatch.setattr(files, "open_read", lambda path: Dead(data))
+    rows = list(read_container(unit, HOW))
+    failures = [row for row in rows if isinstance(row, Failure) and row.error_class == "OSError"]
+    assert [(f.key, f.record_index, f.bytes) for f in failures] == [(str(path), None, len(data))]
+    assert [row.ref.key for row in rows if isinstance(row, ImageRecord)] == whole[:1]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "b.tar"])
+def test_on_damage_fail_holds_for_every_container(tmp_path, name):
+    every_format(tmp_path)
+    path = tmp_path / name
+    (source,), _ = inputs.survey([str(path)], "auto", allow_empty=False)
+    path.write_bytes(path.read_bytes()[:-30])
+    (unit,) = inputs.list_units([source], None)
+    with pytest.raises(RunError, match=r"at byte .*--on_damage record"):
+        list(read_container(unit, dataclasses.replace(HOW, on_damage="fail")))
+
+
 @pytest.mark.parametrize("limit", [1, 4, 6, 8, 9, 99])
 def test_a_limited_run_reads_as_many(tmp_path, limit):
     images, failures, _ = run(corpus(tmp_path), limit=limit)
@@ -298,7 +437,8 @@ def test_the_transform_counts_what_it_reads(tmp_path):
 
 
 def test_every_format_has_a_reader():
-    assert set(sources.READERS) == {inputs.TFRECORD, inputs.IMAGES}
+    listed = set(INPUT_FORMATS) - {"auto", "failures"}  # whose work is of the other formats
+    assert set(sources.READERS) == listed
 
 
 # ---------------------------------------------------------------- what is finished

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from formats.streams import ExactStream, InflatedStream
 from formats.tfrecord import (
     Damage,
     Record,
-    _Inflated,
     _masked_crc,
-    _Source,
     is_tfrecord,
     looks_like_tfrecord_name,
     missing_shards,
@@ -220,7 +219,7 @@ def test_gzip_damage_where_output_waits_keeps_every_byte_before_it():
     for position in range(250, 290):  # where the first block of decompressed bytes is full
         damaged = bytearray(data)
         damaged[position] ^= 0xFF
-        inflated = _Inflated(_Source(io.BytesIO(damaged), None), b"")
+        inflated = InflatedStream(ExactStream(io.BytesIO(damaged), None), b"")
         assert len(inflated.read(1 << 30)) == len(decodable(damaged)[0]), position
         assert inflated.damage
 

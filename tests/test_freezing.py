@@ -1,0 +1,375 @@
+"""What a model holds is found by looking at it, and asked for where looking does not tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+
+from models.checkpoint import write_checkpoint
+from models.export import _image_module_info
+from models.freezing import Hints, ModelError
+from models.loading import LoadedModel, LoadSpec, load
+
+SIZE, WIDTH, CLASSES = 6, 4, 5
+KERNEL = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+HEAD = np.random.default_rng(1).normal(size=(WIDTH, CLASSES)).astype(np.float32)
+PIXELS = np.random.default_rng(2).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def features(images: tf.Tensor) -> tf.Tensor:
+    """[N, WIDTH], as a network would make of `images`."""
+    return tf.reduce_mean(tf.nn.relu(images), [1, 2]) @ tf.constant(KERNEL) + 0.25
+
+
+def saved(directory: Path, run, size: int | None = SIZE, **signatures) -> str:
+    """A SavedModel whose serving signature is `run`; `signatures` are further ones."""
+    module = tf.Module()
+    shape = [None, size, size, 3]
+    spec = tf.TensorSpec(shape, tf.float32, "images")
+    functions = {
+        name: tf.function(function, input_signature=[spec], autograph=False)
+        for name, function in {"serving_default": run, **signatures}.items()
+        if function is not None
+    }
+    module.functions = functions
+    tf.saved_model.save(
+        module,
+        str(directory),
+        {name: function.get_concrete_function() for name, function in functions.items()},
+    )
+    return str(directory)
+
+
+def loaded(directory: str, **hints) -> LoadedModel:
+    return load(LoadSpec(directory, hints=Hints(**hints)))
+
+
+def expected(images: np.ndarray) -> np.ndarray:
+    return np.maximum(images, 0).mean((1, 2)) @ KERNEL + 0.25
+
+
+def close(got: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max()))
+
+
+# --- the range of values -----------------------------------------------------------------------
+
+MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+STD = np.array([58.395, 57.12, 57.375], np.float32)
+MAPS = {
+    "x*2-1": (lambda x: x * 2.0 - 1.0, 1),
+    "(x-0.5)*2": (lambda x: (x - 0.5) * 2.0, 1),
+    "x-0.5": (lambda x: x - 0.5, 1),
+    "mean and std of [0,1]": (lambda x: (x - MEAN / 255) / (STD / 255), 1),
+    "x*255": (lambda x: x * 255.0, 1),
+    "x*255-mean": (lambda x: x * 255.0 - MEAN, 1),
+    "x/127.5-1": (lambda x: x / 127.5 - 1.0, 255),
+    "(x-127.5)/127.5": (lambda x: (x - 127.5) / 127.5, 255),
+    "x/255": (lambda x: x / 255.0, 255),
+    "x*(1/255)": (lambda x: x * (1 / 255), 255),
+    "x/255 behind identities": (lambda x: tf.identity(tf.identity(x) * (1 / 255)), 255),
+    "x-mean": (lambda x: x - MEAN, 255),
+    "mean and std of [0,255]": (lambda x: (x - MEAN) / STD, 255),
+    "-mean+x": (lambda x: -MEAN + x, 255),
+    "x/255, and its shape is read": (lambda x: x / 255.0 + 0.0 * tf.cast(tf.size(x), x.dtype), 255),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_the_range_of_values_is_found(name, tmp_path):
+    first, high = MAPS[name]
+    model = loaded(saved(tmp_path / "m", lambda x: {"y": features(first(x))}))
+    assert model.info.value_range == (0.0, high)
+    wanted = expected(np.asarray(first(tf.constant(PIXELS / np.float32(255) * high, tf.float32))))
+    assert close(model(PIXELS)["logits"], wanted)
+
+
+UNTOLD = {
+    "nothing": lambda x: x,
+    "a convolution": lambda x: tf.nn.conv2d(x, np.ones((1, 1, 3, 3), np.float32), 1, "SAME"),
+    "1-x": lambda x: 1.0 - x,
+    "two ways": lambda x: x * 2.0 + tf.nn.relu(x),
+    "x*40": lambda x: x * 40.0,
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_a_range_of_values_that_nothing_tells_is_asked_for(name, tmp_path):
+    directory = saved(tmp_path / "m", lambda x: {"y": features(UNTOLD[name](x))})
+    with pytest.raises(ModelError, match="--value_range") as caught:
+        loaded(directory)
+    assert "\n" not in str(caught.value)
+    for low, high in ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)):
+        model = loaded(directory, value_range=(low, high))
+        images = np.float32(low) + PIXELS / np.float32(255) * np.float32(high - low)
+        wanted = expected(np.asarray(UNTOLD[name](tf.constant(images, tf.float32))))
+        assert model.info.value_range == (low, high)
+        assert close(model(PIXELS)["logits"], wanted)
+
+
+def test_a_range_that_is_given_goes_before_what_is_found(tmp_path):
+    directory = saved(tmp_path / "m", lambda x: {"y": features(x / 255.0)})
+    model = loaded(directory, value_range=(-1.0, 1.0))
+    images = PIXELS / np.float32(127.5) - 1
+    assert close(model(PIXELS)["logits"], expected(images / 255))
+
+
+# --- the size ----------------------------------------------------------------------------------
+
+
+def test_a_model_of_any_size_needs_to_be_told(tmp_path):
+    directory = saved(tmp_path / "m", lambda x: {"y": features(x * 2.0 - 1.0)}, size=None)
+    with pytest.raises(ModelError, match="give --image_size"):
+        loaded(directory)
+    for size in (SIZE, 9):
+        model = loaded(directory, image_size=size)
+        assert model.info.image_size == size
+        pixels = np.full((1, size, size, 3), 255, np.uint8)
+        assert close(model(pixels)["logits"], expected(pixels / 255))
+
+
+def test_shapes_that_only_a_size_tells(tmp_path):
+    """Average pooling leaves the shape open until the size is known; then the head is one."""
+
+    def run(x):
+        net = tf.nn.conv2d(x * 2.0 - 1.0, KERNEL[None, None], 1, "SAME")
+        net = tf.nn.avg_pool2d(net, SIZE, SIZE, "VALID")
+        net = tf.nn.conv2d(net, HEAD[None, None], 1, "SAME")
+        return {"probabilities": tf.nn.softmax(net)}
+
+    model = loaded(saved(tmp_path / "m", run, size=None), image_size=SIZE)
+    assert dict(model.info.outputs) == {"embedding": WIDTH, "logits": CLASSES}
+    wanted = (PIXELS / np.float32(127.5) - 1).mean((1, 2)) @ KERNEL
+    got = model(PIXELS)
+    assert close(got["embedding"], wanted)
+    assert close(got["logits"], wanted @ HEAD)
+
+
+def test_a_size_that_the_model_does_not_take(tmp_path):
+    directory = saved(tmp_path / "m", lambda x: {"y": features(x * 2.0 - 1.0)})
+    assert loaded(directory, image_size=SIZE).info.image_size == SIZE
+    with pytest.raises(ModelError, match=f"--image_size 9: the model takes {SIZE} only"):
+        loaded(directory, image_size=9)
+
+
+@pytest.mark.parametrize("shape", [[None, 4, 6, 3], [None, 6, 6, 1], [None, 6, 6, 4]])
+def test_pictures_that_are_not_square_and_rgb(shape, tmp_path):
+    serve = tf.function(
+        lambda x: {"y": tf.reduce_mean(x, [1, 2])}, input_signature=[tf.TensorSpec(shape)]
+    )
+    module = tf.Module()
+    module.serve = serve
+    tf.saved_model.save(module, str(tmp_path / "m"), {"serving_default": serve})
+    with pytest.raises(ModelError, match="only square RGB"):
+        loaded(str(tmp_path / "m"))
+
+
+# --- outputs -----------------------------------------------------------------------------------
+
+
+def trunk(x: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_mean(tf.nn.relu(x * 2.0 - 1.0), [1, 2]) @ tf.constant(KERNEL)
+
+
+def pooled(x: tf.Tensor) -> tf.Tensor:
+    """A vector that no dense layer made."""
+    return tf.reduce_mean(tf.nn.relu(x * 2.0 - 1.0), [1, 2]) * tf.constant([1.0, 2.0, 3.0])
+
+
+def dense(x: tf.Tensor, kernel: np.ndarray = HEAD) -> tf.Tensor:
+    return x @ tf.constant(kernel) + tf.range(kernel.shape[1], dtype=tf.float32)
+
+
+def convolved(x: tf.Tensor, squeeze) -> tf.Tensor:
+    """MobileNet's head: a 1x1 convolution on [N, 1, 1, WIDTH]."""
+    net = tf.nn.conv2d(tf.nn.relu(x * 2.0 - 1.0), KERNEL[None, None], 1, "SAME")
+    net = tf.reduce_mean(net, [1, 2], keepdims=True)
+    net = tf.nn.bias_add(tf.nn.conv2d(net, HEAD[None, None], 1, "SAME"), np.arange(5.0, dtype="f"))
+    return squeeze(net)
+
+
+RELU = np.maximum(PIXELS / np.float32(127.5) - 1, 0).mean((1, 2))
+TRUNK = RELU @ KERNEL
+LOGITS = TRUNK @ HEAD + np.arange(CLASSES)
+POOLED = RELU * np.array([1.0, 2.0, 3.0], np.float32)
+BOTH = {"embedding": TRUNK, "logits": LOGITS}
+OUTPUTS = {
+    "a dense head": (lambda x: {"y": dense(trunk(x))}, BOTH),
+    "its softmax": (lambda x: {"y": tf.nn.softmax(dense(trunk(x)))}, BOTH),
+    "a bias that comes first": (
+        lambda x: {"y": tf.range(5.0) + trunk(x) @ tf.constant(HEAD)},
+        BOTH,
+    ),
+    "a convolved head, squeezed": (
+        lambda x: {"y": convolved(x, lambda net: tf.squeeze(net, [1, 2]))},
+        BOTH,
+    ),
+    "a convolved head, reshaped": (
+        lambda x: {"y": convolved(x, lambda net: tf.reshape(net, [tf.shape(net)[0], CLASSES]))},
+        BOTH,
+    ),
+    "a convolved head, squeezed, and its softmax": (
+        lambda x: {"y": tf.nn.softmax(convolved(x, lambda net: tf.squeeze(net, [1, 2])))},
+        BOTH,
+    ),
+    "a convolved head's softmax, squeezed": (
+        lambda x: {"y": convolved(x, lambda net: tf.squeeze(tf.nn.softmax(net), [1, 2]))},
+        BOTH,
+    ),
+    "a convolved head, left in four dimensions": (
+        lambda x: {"y": convolved(x, lambda net: net)},
+        BOTH,
+    ),
+    "a vector": (lambda x: {"y": pooled(x)}, {"embedding": POOLED}),
+    "a vector in four dimensions": (
+        lambda x: {"y": pooled(x)[:, None, None, :]},
+        {"embedding": POOLED},
+    ),
+    "the sum of two dense layers": (
+        lambda x: {"y": trunk(x) + 2.0 * trunk(x)},
+        {"embedding": 3 * TRUNK},
+    ),
+    "names that tell": (
+        lambda x: {"embedding": dense(trunk(x)), "logits": pooled(x)},
+        {"embedding": LOGITS, "logits": POOLED},
+    ),
+    "one name that tells": (
+        lambda x: {"embedding": pooled(x), "zzz": dense(trunk(x))},
+        {"embedding": POOLED, "logits": LOGITS},
+    ),
+    "two vectors": (
+        lambda x: {"a": tf.nn.softmax(dense(trunk(x))), "b": trunk(x), "map": x},
+        BOTH,
+    ),
+    "a head on another vector": (
+        lambda x: {"a": pooled(x), "b": dense(trunk(x))},
+        {"embedding": POOLED, "logits": LOGITS},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_are_told_apart(name, tmp_path):
+    run, wanted = OUTPUTS[name]
+    model = loaded(saved(tmp_path / "m", run), value_range=(0.0, 1.0))
+    got = model(PIXELS)
+    assert dict(model.info.outputs) == {role: v.shape[1] for role, v in wanted.items()}
+    assert list(got) == list(wanted)
+    for role, vectors in wanted.items():
+        assert close(got[role], vectors)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [lambda x: {"map": x * 2.0}, lambda x: {"number": tf.reduce_mean(x * 2.0, [1, 2, 3])}],
+    ids=["a map", "a number"],
+)
+def test_no_vector_at_all(run, tmp_path):
+    with pytest.raises(ModelError, match="no output is one vector"):
+        loaded(saved(tmp_path / "m", run))
+
+
+def test_a_serving_signature_among_others(tmp_path):
+    directory = saved(
+        tmp_path / "m", lambda x: {"y": dense(trunk(x))}, other=lambda x: {"y": pooled(x)}
+    )
+    model = loaded(directory)
+    assert model.info.signatures == ("other", "serving_default")
+    assert set(model.info.outputs) == {"embedding", "logits"}
+
+
+def test_the_only_signature_may_have_any_name(tmp_path):
+    directory = saved(tmp_path / "m", None, mine=lambda x: {"y": pooled(x * 1.0)})
+    assert dict(loaded(directory).info.outputs) == {"embedding": 3}
+
+
+def test_several_signatures_and_none_serves(tmp_path):
+    several = {"a": lambda x: {"y": pooled(x)}, "b": lambda x: {"y": trunk(x)}}
+    with pytest.raises(ModelError, match=r"no signature serving_default.*signatures: a, b"):
+        loaded(saved(tmp_path / "m", None, **several))
+
+
+def test_an_object_that_is_called(tmp_path):
+    class Callable(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = tf.Variable(HEAD)
+
+        @tf.function
+        def __call__(self, x, training=False):
+            return trunk(x) @ self.head + (100.0 if training else tf.range(5.0))
+
+    module = Callable()
+    for training in (True, False):
+        module.__call__.get_concrete_function(tf.TensorSpec([None, SIZE, SIZE, 3]), training)
+    tf.saved_model.save(module, str(tmp_path / "m"))
+    model = loaded(str(tmp_path / "m"))
+    assert model.info.signatures == ()
+    got = model(PIXELS)
+    assert close(got["logits"], LOGITS)
+    assert close(got["embedding"], TRUNK)
+
+
+# --- TF1 modules -------------------------------------------------------------------------------
+
+
+def save_module(directory: Path, size: int | None, attached: int | None, apart: bool) -> str:
+    """A hub.Module with both image signatures, on one placeholder or each on its own."""
+    v1 = tf.compat.v1
+    shape = [None, size, size, 3]
+    with tf.Graph().as_default() as graph:
+        first = v1.placeholder(tf.float32, shape, "first")
+        second = v1.placeholder(tf.float32, shape, "second") if apart else first
+        head = v1.get_variable("head", HEAD.shape, use_resource=True)
+        vectors = {
+            "image_feature_vector": (first, trunk(first)),
+            "image_classification": (second, trunk(second) @ head + tf.range(5.0)),
+        }
+        meta = v1.train.export_meta_graph(graph=graph, clear_devices=True)
+    meta.ClearField("saver_def")
+    del meta.meta_info_def.tags[:]
+    for name, (images, output) in vectors.items():
+        meta.signature_def[name].CopyFrom(
+            meta_graph_pb2.SignatureDef(
+                inputs={"images": tensor_info(images)}, outputs={"default": tensor_info(output)}
+            )
+        )
+    if attached:
+        meta.collection_def["hub_module_attachments"].bytes_list.value.append(
+            _image_module_info(attached)
+        )
+    saved_model = saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[meta])
+    write_checkpoint(str(directory / "variables" / "variables"), {"head": HEAD})
+    (directory / "saved_model.pb").write_bytes(saved_model.SerializeToString())
+    (directory / "tfhub_module.pb").write_bytes(b"\x08\x03")
+    return str(directory)
+
+
+def tensor_info(tensor: tf.Tensor) -> meta_graph_pb2.TensorInfo:
+    return meta_graph_pb2.TensorInfo(
+        name=tensor.name,
+        dtype=tensor.dtype.as_datatype_enum,
+        tensor_shape=tensor.shape.as_proto(),
+    )
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one placeholder", "two"])
+@pytest.mark.parametrize(("size", "attached"), [(SIZE, None), (None, SIZE), (SIZE, SIZE)])
+def test_a_module_of_both_signatures(size, attached, apart, tmp_path):
+    model = loaded(save_module(tmp_path / "m", size, attached, apart))
+    assert (model.info.format, model.info.image_size) == ("hub_v1", SIZE)
+    assert model.info.signatures == ("image_classification", "image_feature_vector")
+    got = model(PIXELS)
+    assert close(got["embedding"], TRUNK)
+    assert close(got["logits"], LOGITS)
+
+
+def test_a_module_of_any_size_that_tells_none(tmp_path):
+    directory = save_module(tmp_path / "m", None, None, False)
+    with pytest.raises(ModelError, match="give --image_size"):
+        loaded(directory)
+    assert close(loaded(directory, image_size=SIZE)(PIXELS)["logits"], LOGITS)

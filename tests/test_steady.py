@@ -1,0 +1,199 @@
+"""Transient errors are tried again, from where reading stopped; lasting ones are raised at once."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from storage import files, steady
+from storage.steady import ShortRead, SteadyStream, read_at_most, read_bytes
+
+DATA = np.random.default_rng(0).bytes(5000)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The seconds that were waited, without waiting."""
+    waited = []
+    monkeypatch.setattr(steady.time, "sleep", waited.append)
+    return waited
+
+
+class Store:
+    """What `files` reads from: `errors` are raised by the next reads and openings, in turn."""
+
+    def __init__(self, data=DATA):
+        self.data = data
+        self.errors = []
+        self.opened = 0
+
+    def trouble(self):
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
+
+    def open_read(self, path):
+        self.opened += 1
+        self.trouble()
+        store = self
+
+        class Handle(io.BytesIO):
+            def read(self, count=-1):
+                store.trouble()
+                return super().read(count)
+
+        return Handle(self.data)
+
+
+@pytest.fixture
+def store(monkeypatch):
+    made = Store()
+    monkeypatch.setattr(files, "open_read", made.open_read)
+    return made
+
+
+def coded(code):
+    error = type("S3ClientError", (Exception,), {})("no")
+    error.code = code
+    return error
+
+
+def test_a_transient_error_is_tried_again_twice_with_growing_waits(store, waits):
+    store.errors = [OSError("1"), None, OSError("2")]
+    retries = []
+    assert read_bytes("/a", 5000, lambda: retries.append(1)) == DATA
+    assert waits == [0.2, 0.4]
+    assert len(retries) == 2
+
+
+def test_the_third_error_is_raised(store):
+    store.errors = [OSError("1"), OSError("2"), OSError("3"), OSError("4")]
+    with pytest.raises(OSError, match="3"):
+        read_bytes("/a")
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(), PermissionError(), IsADirectoryError(), NotADirectoryError()]
+)
+def test_what_another_try_would_not_change_is_raised_at_once(store, waits, error):
+    store.errors = [error]
+    with pytest.raises(type(error)):
+        read_bytes("/a")
+    assert (waits, store.opened) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(404, FileNotFoundError), (403, PermissionError), (401, PermissionError)]
+)
+def test_a_stores_own_words_for_missing_and_forbidden(store, waits, code, kind):
+    store.errors = [coded(code)]
+    with pytest.raises(kind, match="s3://b/a: no"):
+        read_bytes("s3://b/a")
+    assert waits == []
+    wrapped = OSError("s3://b/a: no")
+    wrapped.__cause__ = coded(code)
+    store.errors = [wrapped]
+    with pytest.raises(kind):
+        read_bytes("s3://b/a")
+
+
+def test_a_store_that_raises_classes_of_its_own_is_tried_again(store):
+    store.errors = [coded(503)]
+    assert read_bytes("gs://b/a") == DATA
+    store.errors = [coded(503)] * 3
+    with pytest.raises(OSError, match="gs://b/a: no"):
+        read_bytes("gs://b/a")
+
+
+def test_a_fault_of_ours_is_no_transient_error(store):
+    store.errors = [ZeroDivisionError()]
+    with pytest.raises(ZeroDivisionError):
+        read_bytes("/a")
+
+
+def test_fewer_bytes_than_listed_are_a_transient_error(store, monkeypatch):
+    answers = [DATA[:10], DATA]
+    monkeypatch.setattr(files, "read_bytes", lambda path: answers.pop(0))
+    assert read_bytes("/a", 5000) == DATA
+    answers = [DATA[:10]] * 3
+    with pytest.raises(ShortRead, match="10 bytes came of the 5000"):
+        read_bytes("/a", 5000)
+
+
+def test_read_at_most(store):
+    assert read_at_most("/a", 7) == DATA[:7]
+    assert read_at_most("/a", 10**6) == DATA
+    store.errors = [None, OSError()]
+    assert read_at_most("/a", 10**6) == DATA
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 4999, 5000, 6000])
+def test_a_stream_goes_on_where_it_was_cut(store, size):
+    """An error at every opening and every second read, and no byte comes twice."""
+    stream = SteadyStream("/a", 5000)
+    read = []
+    store.errors = [OSError(), None, OSError()]
+    while piece := stream.read(size):
+        read.append(piece)
+        store.errors = [None, OSError(), None, OSError()] if len(read) % 3 else [OSError(), None]
+    assert b"".join(read) == DATA
+    assert all(len(piece) == size for piece in read[:-1])
+    assert store.opened > 2
+
+
+def test_a_stream_counts_its_retries_and_gives_up_at_last(store):
+    retries = []
+    stream = SteadyStream("/a", 5000, lambda: retries.append(1))
+    assert stream.read(100) == DATA[:100]
+    store.errors = [OSError("x")] * 3
+    with pytest.raises(OSError, match="x") as caught:
+        stream.read(100)
+    assert len(retries) == 2
+    assert stream.error is caught.value
+
+
+def test_a_stream_that_ends_early_is_tried_again(store):
+    store.data = DATA[:3000]
+    stream = SteadyStream("/a", 5000)
+    assert stream.read(100) == DATA[:100]
+    assert stream.read(5000) == DATA[100:3000]
+    assert stream.read(1) == b""
+    assert stream.error is None
+    assert store.opened == 3
+    healed = SteadyStream("/a", 5000)
+    assert healed.read(3000) == DATA[:3000]
+    store.data = DATA
+    assert healed.read() == DATA[3000:]
+
+
+def test_a_stream_can_be_sought_and_wrapped(store):
+    stream = SteadyStream("/a", 5000)
+    assert stream.seek(-10, io.SEEK_END) == 4990
+    assert store.opened == 0
+    assert stream.read() == DATA[-10:]
+    stream.seek(100)
+    store.errors = [OSError()]
+    assert stream.read(10) == DATA[100:110]
+    assert stream.tell() == 110
+    assert io.BufferedReader(SteadyStream("/a", 5000)).read() == DATA
+
+
+def test_a_handle_that_cannot_seek_is_opened_anew(store, monkeypatch):
+    opened = []
+
+    def open_read(path):
+        handle = io.BytesIO(DATA)
+        opened.append(handle)
+        if len(opened) == 1:
+            return SimpleNamespace(read=handle.read, close=handle.close, seek=None)
+        return handle
+
+    monkeypatch.setattr(files, "open_read", open_read)
+    stream = SteadyStream("/a", 5000)
+    stream.read(10)
+    stream.seek(100)
+    assert stream.read(5) == DATA[100:105]
+    assert opened[0].closed

@@ -1,0 +1,334 @@
+"""WebDataset tars: samples, values beside an image, and every damage told where it is."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from formats import fields, webdataset
+from formats.example import ExampleKeys, ExampleTypes
+from formats.fields import Found, parse_found
+from formats.records import Failure, ImageRecord, ImageRef
+from formats.tfrecord import Damage
+
+KEYS = ExampleKeys()
+TYPES = ExampleTypes(pa.int64(), {})
+MAX = 1 << 20
+
+
+def tar(*members, format=tarfile.PAX_FORMAT, compress=False):
+    """A tar of (name, content) pairs; a TarInfo in a name's place is taken as it is."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz" if compress else "w", format=format) as file:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def read(data, keys=KEYS, most=MAX, size=True):
+    return list(webdataset.read_images(io.BytesIO(data), len(data) if size else None, keys, most))
+
+
+def shape(items):
+    """(index, image or error class) of each item, (offset, index, class) of damage."""
+    return [
+        (item.offset, item.index, item.error_class)
+        if isinstance(item, Damage)
+        else (item.index, item.error.error_class if item.error else item.data)
+        for item in items
+    ]
+
+
+def sample(n, **more):
+    members = {"cls": b"%d" % n, "jpg": b"picture %d" % n, **more}
+    return [(f"train/{n:04}.{extension}", data) for extension, data in sorted(members.items())]
+
+
+def samples(count, **more):
+    return [member for n in range(count) for member in sample(n, **more)]
+
+
+# ---------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_images_carry_place_and_label(format, compress):
+    items = read(tar(*samples(3), format=format, compress=compress))
+    assert parse_found(items, "/d/a.tar", KEYS, TYPES) == [
+        ImageRecord(ImageRef(f"/d/a.tar#{n}", "/d/a.tar", n, n), b"picture %d" % n)
+        for n in range(3)
+    ]
+
+
+def test_webdatasets_own_rules_of_grouping():
+    data = tar(
+        ("./a/x.v2.jpg", b"1"),  # up to the first dot of the file name
+        ("./a/x.cls", b"7"),
+        ("b.c/x.jpg", b"2"),  # a dot in a folder's name is none of it
+        ("b.c/x.JPG", b"3"),  # the same extension again: another sample
+        ("b.c/y.png", b"4"),
+        ("b.c/x.jpg", b"5"),  # samples are runs
+        ("README", b"no sample"),
+        (".hidden.jpg", b"no sample"),
+        ("__meta__/x.jpg", b"about the tar"),
+    )
+    items = read(data, ExampleKeys(id="__key__"))
+    assert shape(items) == [(n, b"%d" % (n + 1)) for n in range(5)]
+    keys = [item.values["__key__"] for item in items]
+    assert keys == ["a/x", "b.c/x", "b.c/x", "b.c/y", "b.c/x"]
+    assert [item.values.get("image/class/label") for item in items] == [7, *[None] * 4]
+
+
+def test_a_sample_may_hold_several_images():
+    data = tar(("s.left.jpg", b"l"), ("s.right.png", b"r"), ("s.cls", b"3"), ("t.bmp", b"t"))
+    items = read(data)
+    assert shape(items) == [(0, b"l"), (1, b"r"), (2, b"t")]
+    assert [item.values.get("image/class/label") for item in items] == [3, 3, None]
+    only = read(data, ExampleKeys(image="right.png"))
+    assert shape(only) == [(0, b"r"), (1, "MissingFeature")]
+
+
+@pytest.mark.parametrize(
+    "extension", ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"]
+)
+def test_extensions_of_images(extension):
+    assert shape(read(tar((f"a.{extension}", b"x")))) == [(0, b"x")]
+
+
+def test_a_sample_without_an_image_is_told():
+    items = read(tar(("a.cls", b"1"), ("a.npy", b"x"), *sample(1)))
+    assert shape(items) == [(0, "MissingFeature"), (1, b"picture 1")]
+    assert items[0].error.message == "sample 'a' has no image; it has cls, npy"
+
+
+def test_what_cannot_be_an_image_is_told():
+    link = tarfile.TarInfo("b.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    data = tar(("a.jpg", b""), (link, b""), ("c.jpg", b"x" * 50))
+    items = read(data, most=20)
+    assert shape(items) == [(0, "MissingFeature"), (1, "UnsupportedMember"), (2, "TooManyBytes")]
+    assert items[2].size == 50
+    assert "--max_image_bytes 20" in items[2].error.message
+
+
+def test_names_of_any_length_and_bytes():
+    names = ["d" * 90 + "/" + "n" * 150 + ".jpg", "caf\udce9.jpg", "grün.jpg", "x" * 300 + ".jpg"]
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        items = read(
+            tar(*((name, b"x") for name in names), format=format), ExampleKeys(id="__key__")
+        )
+        found = parse_found(items, "s", ExampleKeys(id="__key__"), TYPES)
+        assert [record.ref.key for record in found] == [
+            names[0][:-4], "caf\\xe9", "grün", "x" * 300
+        ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- values
+
+
+def test_json_fields_and_text_members():
+    about = json.dumps(
+        {"width": 4, "score": 0.5, "tags": ["a"], "text": "é", "none": None}
+    ).encode()
+    keys = ExampleKeys(label="text", columns=("width", "score", "tags", "txt", "bin", "cls"))
+    items = read(tar(*samples(2, json=about, txt=b"a cat\n", bin=b"\xff\0")), keys)
+    types = fields.infer_types(items, keys)
+    assert {name: str(kind) for name, kind in types.columns.items()} == {
+        "width": "int64",
+        "score": "double",
+        "tags": "list<item: string>",
+        "txt": "string",
+        "bin": "binary",
+        "cls": "int64",
+    }
+    assert types.label == pa.string()
+    record = parse_found(items, "s", keys, types)[1]
+    assert record.ref.label == "é"
+    assert record.ref.columns == {
+        "width": 4, "score": 0.5, "tags": ["a"], "txt": "a cat\n", "bin": b"\xff\0", "cls": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("contents", "kind", "labels"),
+    [
+        ([b"0", b"12\n"], pa.int64(), [0, 12]),
+        ([b"007", b"8"], pa.string(), ["007", "8"]),
+        ([b"cat", b"dog"], pa.string(), ["cat", "dog"]),
+    ],
+)
+def test_labels_are_numbers_where_all_are(contents, kind, labels):
+    members = [m for n, cls in enumerate(contents) for m in ((f"{n}.jpg", b"x"), (f"{n}.cls", cls))]
+    items = read(tar(*members))
+    types = fields.infer_types(items, KEYS)
+    assert types.label == kind
+    assert [record.ref.label for record in parse_found(items, "s", KEYS, types)] == labels
+
+
+def test_a_json_that_does_not_parse_costs_its_sample_alone():
+    keys = ExampleKeys(columns=("width",))
+    data = tar(*sample(0, json=b"{"), *sample(1, json=b'{"width": 3}'), *sample(2, json=b"[1]"))
+    types = ExampleTypes(pa.int64(), {"width": pa.int64()})
+    first, second, third = parse_found(read(data, keys), "s", keys, types)
+    assert (first.error_class, first.sha256 is not None) == ("ColumnType", True)
+    assert second.ref.columns == {"width": 3}
+    assert third.ref.columns == {"width": None}
+    assert shape(read(data)) == [(n, b"picture %d" % n) for n in range(3)]  # nobody asked for it
+
+
+def test_a_value_of_another_type_is_a_failure():
+    keys = ExampleKeys(columns=("w",))
+    types = ExampleTypes(pa.int64(), {"w": pa.string()})
+    contents = [b'{"w": "x"}', b'{"w": {"a": 1}}', b'{"w": "\\ud800"}']
+    data = tar(*(member for n, about in enumerate(contents) for member in sample(n, json=about)))
+    found = parse_found(read(data, keys), "s", keys, types)
+    assert [type(item) for item in found] == [ImageRecord, Failure, Failure]
+    assert {item.error_class for item in found[1:]} == {"ColumnType"}
+
+
+def test_a_column_that_no_sampled_image_has_is_a_wrong_request():
+    keys = ExampleKeys(columns=("nothing",))
+    with pytest.raises(ValueError, match="--columns nothing: none of the first 2 images has it"):
+        fields.infer_types(read(tar(*samples(2)), keys), keys)
+
+
+def test_only_what_is_wanted_is_kept():
+    data = tar(*samples(2, npy=bytes(3000)))
+    (first, *_) = read(data, ExampleKeys(label=None), most=0)
+    assert first.error.error_class == "TooManyBytes"
+    assert first.data is None
+
+
+# ---------------------------------------------------------------- damage
+
+
+def offsets(data):
+    with tarfile.open(fileobj=io.BytesIO(data)) as file:
+        return [member.offset for member in file]
+
+
+def test_a_wrong_header_ends_the_tar():
+    data = bytearray(tar(*samples(3)))
+    at = offsets(bytes(data))[3]  # the second image
+    data[at + 5] ^= 1
+    assert shape(read(bytes(data))) == [
+        (0, b"picture 0"),
+        (at, 1, "BadHeader"),  # of the second sample only the label was reached: no image
+    ]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tar_that_is_cut_anywhere_says_so(known):
+    """At every byte: what lies whole before the cut is read, and exactly one damage is told."""
+    data = tar(*((f"{n}.jpg", bytes([65 + n]) * 700) for n in range(3)))
+    whole = offsets(data)
+    end = whole[-1] + 512 + 1024  # after the last payload with its padding
+    for cut in range(0, end + 1, 37):
+        items = read(data[:cut], size=known)
+        damage = [item for item in items if isinstance(item, Damage)]
+        images = [item.index for item in items if isinstance(item, Found)]
+        # Of the last member's padding nothing is needed, but its loss is told.
+        assert images == list(range(sum(at + 1536 <= cut for at in whole))), cut
+        assert len(damage) == (cut > 0), cut
+        if damage:
+            assert damage[0].offset == max((a for a in [*whole, end] if a <= cut), default=0)
+            expected = "MissingEnd" if cut in [*whole, end] else "TruncatedMember"
+            assert damage[0].error_class == expected
+    assert not any(isinstance(item, Damage) for item in read(data))
+
+
+def test_a_stream_that_ends_before_the_files_size_says_so():
+    data = tar(*samples(2))
+    items = list(webdataset.read_images(io.BytesIO(data[:2000]), len(data), KEYS, MAX))
+    assert items[-1].error_class == "TruncatedFile"
+    assert items[-1].bytes == len(data) - items[-1].offset
+
+
+def test_a_gzip_that_is_damaged_keeps_what_came_before():
+    rng = np.random.default_rng(0)
+    data = tar(*((f"{n}.jpg", rng.bytes(9000)) for n in range(20)))
+    packed = bytearray(gzip.compress(data))
+    cut = read(bytes(packed[: len(packed) // 2]))
+    assert [item.index for item in cut[:-1]] == list(range(len(cut) - 1))
+    assert 5 < len(cut) < 15
+    assert cut[-1].error_class == "GzipDamage"
+    assert "offset in the decompressed gzip stream" in cut[-1].message
+    packed[-5] ^= 1  # the checksum at its end
+    *images, damage = read(bytes(packed))
+    assert (len(images), damage.error_class) == (20, "GzipDamage")
+
+
+def test_tars_one_after_the_other_and_junk_at_the_end():
+    one, two = tar(*sample(0)), tar(*sample(1))
+    assert shape(read(one + two)) == [(0, b"picture 0"), (1, b"picture 1")]
+    items = read(one + b"junk" * 200)
+    assert shape(items) == [(0, b"picture 0"), (len(one), 1, "BadHeader")]
+    assert "junk after the end" in items[-1].message
+    assert shape(read(one + b"junk"))[1:] == [(len(one), 1, "TruncatedMember")]
+
+
+def test_one_block_of_zeros_is_an_end():
+    data = tar(*sample(0)).rstrip(b"\0")
+    data += bytes(-len(data) % 512)
+    assert shape(read(data + bytes(512))) == [(0, b"picture 0")]
+    assert shape(read(data))[1:] == [(len(data), 1, "MissingEnd")]
+
+
+def test_an_empty_tar_and_an_empty_file():
+    assert read(tar()) == []
+    assert read(b"") == []
+
+
+@pytest.mark.parametrize(
+    "data", [b"x" * 600, b"x", bytes(511) + b"x" + bytes(100), gzip.compress(b"x")]
+)
+def test_what_is_no_tar(data):
+    (damage,) = read(data)
+    assert (damage.offset, damage.index) == (0, 0)
+    assert not webdataset.is_tar(data)
+
+
+def test_a_tar_is_known_by_its_beginning():
+    data = tar(*samples(2))
+    assert webdataset.is_tar(data[:512])
+    assert webdataset.is_tar(gzip.compress(data)[:4096])
+    assert not webdataset.is_tar(data[1:513])
+    assert not webdataset.is_tar(b"")
+
+
+def test_a_header_that_lies_about_its_size_allocates_little():
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 1 << 40
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    (found,) = [item for item in read(header + b"x" * 600) if isinstance(item, Damage)]
+    assert found.error_class == "TruncatedMember"
+    info.type = tarfile.GNUTYPE_LONGNAME
+    (damage,) = read(info.tobuf(tarfile.GNU_FORMAT) + b"x" * 600)
+    assert damage.error_class == "BadHeader"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_flipped_nothing_comes_twice_or_raises(data):
+    """Images before the flipped byte are as they were; indices run on without a gap."""
+    whole = tar(*((f"{n}.jpg", bytes([65 + n]) * 600) for n in range(4)))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[at] ^= 1 << data.draw(st.integers(0, 7))
+    items = read(bytes(flipped))
+    assert [item.index for item in items] == list(range(len(items)))
+    assert all(isinstance(item, Found) for item in items[:-1])
+    for n, item in enumerate(read(whole)):
+        if (n + 1) * 1536 <= at:
+            assert items[n].data == item.data
