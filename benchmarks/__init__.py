@@ -1,0 +1,1 @@
+"""Speed and memory, measured against rivals in one run; no part of the package or the suite."""
