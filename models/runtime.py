@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 # Lines of the native libraries before their log levels are in force.
 _CHATTER = re.compile(rb"^([IWE]\d{4} |WARNING: All log messages before|To enable the following)")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
     """Hold stderr back; then let through what is no chatter, or all of it after an error."""
     sys.stderr.flush()
@@ -47,17 +47,18 @@ with _without_chatter():
     )
 
     GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
-    for _gpu in GPUS:
-        # Before anything touches the device; otherwise one process takes all of its memory.
-        tf.config.experimental.set_memory_growth(_gpu, True)
-    if not GPUS:
-        # Batches side by side on one thread each do more than one batch on all: no thread waits
-        # for another at the end of each of a thousand operations.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(CORES)
-    if not _has_gpu:
-        tf.config.set_visible_devices([], "GPU")
-        tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
+    with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow already
+        for _gpu in GPUS:
+            # Before anything touches the device; otherwise one process takes all of its memory.
+            tf.config.experimental.set_memory_growth(_gpu, True)
+        if not GPUS:
+            # Batches side by side on one thread each do more than one batch on all: no thread
+            # waits for another at the end of each of a thousand operations.
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(CORES)
+        if not _has_gpu:
+            tf.config.set_visible_devices([], "GPU")
+            tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
 
 __all__ = [
     "CORES",
