@@ -224,7 +224,7 @@ def resume(
     left is retired then). With `retry_failures` failures count as not finished.
     """
     published = {entry["path"] for entry in manifest["files"]} if manifest else set()
-    superseded = set(manifest["superseded"]) if manifest else set()
+    superseded = set(manifest.get("superseded", ())) if manifest else set()
     whole = set(whole_parts(output)) - superseded
     lost = published - whole
     if lost:
@@ -232,6 +232,13 @@ def resume(
             f"--output {output}: {min(lost)} is named by the manifest and missing or damaged; "
             "resuming would lose its rows; restore it, or use --if_exists overwrite"
         )
+    for entry in manifest["files"] if manifest else ():
+        data = files.read_bytes(files.join(output, entry["path"]))
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise RequestError(
+                f"--output {output}: {entry['path']} is not what the manifest tells of; resuming "
+                "would publish altered rows; restore it, or use --if_exists overwrite"
+            )
     kept: list[str] = []
     finished: list[bytes] = []
     again: list[bytes] = []

@@ -53,15 +53,19 @@ class Unit:
 
 
 def detect_format(found: Sequence[FileInfo]) -> str:
-    """The format of the files of one pattern, by their names and beginnings. Raises OSError.
+    """The format of the files of one pattern, by their names and beginnings.
+
+    Raises OSError where the only one cannot be read.
 
     `tfrecord` where every file is one, by its name or its beginning; `parquet`, `webdataset` or
     `manifest` where every name ends as such and the first files begin so; otherwise `images`.
-    Empty files tell nothing unless their names do.
+    Empty files, and those that cannot be read, tell nothing unless their names do.
     """
-    telling = [info for info in found if info.size or tfrecord.looks_like_tfrecord_name(info.path)]
+    telling = [info for info in found if info.size or _tells_by_name(info.path)]
     if not telling:
         return IMAGES
+    if len(telling) == 1:
+        steady.read_at_most(telling[0].path, 1)  # nothing but this one, so the request is wrong
     if all(map(_is_tfrecord, telling)):
         return TFRECORD
     for kind, endings, begins in (
@@ -70,10 +74,15 @@ def detect_format(found: Sequence[FileInfo]) -> str:
         (MANIFEST, listing.ENDINGS, listing.is_listing),
     ):
         if all(info.path.lower().endswith(endings) for info in telling) and all(
-            begins(_head(info), info.path) for info in telling[:_HEADS]
+            not info.size or begins(_head(info), info.path) for info in telling[:_HEADS]
         ):
             return kind
     return IMAGES
+
+
+def _tells_by_name(path: str) -> bool:
+    endings = (*parquet.ENDINGS, *webdataset.ENDINGS, *listing.ENDINGS)
+    return tfrecord.looks_like_tfrecord_name(path) or path.lower().endswith(endings)
 
 
 def _is_tfrecord(info: FileInfo) -> bool:
@@ -81,7 +90,11 @@ def _is_tfrecord(info: FileInfo) -> bool:
 
 
 def _head(info: FileInfo) -> bytes:
-    return steady.read_at_most(info.path, _HEAD_BYTES)
+    """The beginning of a file; nothing of one that cannot be read, which will be a failure row."""
+    try:
+        return steady.read_at_most(info.path, _HEAD_BYTES)
+    except OSError:
+        return b""
 
 
 def survey(

@@ -73,6 +73,8 @@ def archive_url(handle: str) -> str | None:
     A catalogue name stands for the newest classification model of its network on tfhub.dev. Raises
     RequestError for a web page that is no model.
     """
+    if handle in NETWORKS and not (NETWORKS[handle].hub_versions or not os.path.isdir(handle)):
+        return None  # a folder of that name, and nothing on the hub
     if handle in NETWORKS:
         published = [m for m in HUB_MODELS.values() if m.network.name == handle]
         if not published:

@@ -176,6 +176,12 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Any]:
     directory = resolve(spec.handle, spec.sha256)
     if model_format(directory) == PREPARED:
         info, graph = _read_prepared(directory)
+        for flag, asked, has in (
+            ("image_size", spec.hints.image_size, info.image_size),
+            ("value_range", spec.hints.value_range, info.value_range),
+        ):
+            if asked not in (None, has):
+                raise ModelError(f"--{flag} {asked}: the prepared model was made for {has}")
         check_graph(directory, graph, spec.allow_unsafe_ops)
     else:
         frozen = freeze(directory, spec.hints, spec.allow_unsafe_ops)

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -58,18 +59,22 @@ def write_photographs(folder: Path) -> tuple[Path, Path]:
     from formats import example, tfrecord
 
     records, pictures = folder / "tfrecord", folder / "files"
-    if (folder / "written").exists():
+    if folder.exists():
         return records, pictures
-    records.mkdir(parents=True, exist_ok=True)
-    pictures.mkdir(parents=True, exist_ok=True)
-    shards = [(records / f"photographs-{i:05}-of-00002").open("wb") for i in range(2)]
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")  # another call may do the same
+    for name in (records.name, pictures.name):
+        (scratch / name).mkdir(parents=True)
+    shards = [(scratch / records.name / f"photographs-{i:05}-of-00002").open("wb") for i in (0, 1)]
     for number, (name, data) in enumerate(photographs()):
-        (pictures / name).write_bytes(data)
+        (scratch / pictures.name / name).write_bytes(data)
         features = {"image/encoded": data, "image/filename": name.encode()}
         tfrecord.write_record(shards[number % 2], example.serialize_example(features))
     for shard in shards:
         shard.close()
-    (folder / "written").touch()
+    try:
+        scratch.rename(folder)
+    except OSError:
+        shutil.rmtree(scratch)
     return records, pictures
 
 
@@ -83,7 +88,11 @@ def build_seeded_model(directory: str) -> None:
     from models.networks import variable_shapes
 
     values = seeded(variable_shapes(NASNET_MOBILE, "classification"), SEED)
-    export_saved_model(NASNET_MOBILE, values, "classification", directory)
+    try:
+        export_saved_model(NASNET_MOBILE, values, "classification", directory)
+    except OSError:
+        if not Path(directory).exists():  # another call was quicker
+            raise
 
 
 def main(argv: Sequence[str]) -> int:
@@ -113,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
             return extract.main(full)
         return _extract_both(options, beam_args, out / ".photographs")
     except RequestError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
 
 

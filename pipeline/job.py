@@ -10,18 +10,19 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from formats import dataset
 from pipeline import preflight
 from pipeline.options import Options
 from storage import files
-from storage.errors import RunError
+from storage.errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from pipeline.graph import Plan
 
 COMPLETE, TOO_MANY, FAILED, DRY_RUN = "complete", "too_many_failures", "failed", "dry_run"
 EXIT_CODES = {COMPLETE: 0, DRY_RUN: 0, FAILED: 1, TOO_MANY: 3}
-DIRECT_RUNNER = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 
 log = logging.getLogger("pipeline")
 
@@ -30,10 +31,13 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     """Run the job; returns what the JSON line tells. Raises RequestError before any work."""
     started = time.time()
     run_id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(started)) + uuid.uuid4().hex[:8]
-    plan = preflight.make_plan(options, beam_args, run_id, started)
-    if options.dry_run:
-        preflight.try_one_image(plan)
-        return summary(plan.publication.output, DRY_RUN, None, started)
+    try:
+        plan = preflight.make_plan(options, beam_args, run_id, started)
+        if options.dry_run:
+            preflight.try_one_image(plan)
+            return summary(plan.publication.output, DRY_RUN, None, started)
+    except (RunError, OSError, pa.ArrowException) as error:
+        raise RequestError(failure_line(error)) from error
     try:
         run_graph(plan, beam_args)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
@@ -58,9 +62,7 @@ def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:
 
     beam_options = PipelineOptions(list(beam_args))
     standard = beam_options.view_as(StandardOptions)
-    if standard.runner in (None, "DirectRunner"):
-        # Beam's own switching would first try Prism, whose binary it downloads.
-        standard.runner = DIRECT_RUNNER
+    standard.runner = preflight.runner_of(standard.runner)
     with beam.Pipeline(options=beam_options) as pipeline:
         graph.build(pipeline, plan)
 

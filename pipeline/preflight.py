@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.metadata
+import io
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.graph import Plan
 
 VERSIONED = ("apache-beam", "tensorflow", "pillow", "pyarrow", "numpy", "image-features")
+DIRECT_RUNNER = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 _SAMPLE = 64  # examples that are looked at for the types of label and columns
 _TRIES = 10  # images that a dry run looks at for one that can be used
 
@@ -33,10 +37,11 @@ log = logging.getLogger("pipeline")
 def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: float) -> Plan:
     """All decisions of a run, cheap checks first. Raises RequestError; leaves no trace."""
     output = files.absolute(options.output)
-    stored = [output, *options.input]
+    stored = [output, *options.input, *filter(None, [options.class_names])]
     if not handles.archive_url(options.model):
         stored.append(options.model)
-    if any(map(files.is_remote, stored)):
+    if any(map(files.is_remote, stored)) or beam_args:
+        _check_beam_flags(beam_args)
         files.configure_stores(beam_args)
     before = _check_output(output, options.if_exists)
     handles.resolve(options.model, options.model_sha256)
@@ -54,11 +59,10 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     from pipeline.graph import Plan
     from transforms.sources import Finished, Reading
 
-    wanted = set(options.outputs) | ({"logits"} if options.top_k and options.outputs else set())
     handle = options.model
     spec = LoadSpec(
         handle if handles.archive_url(handle) else files.absolute(handle),
-        tuple(sorted(wanted)),
+        options.outputs,
         options.model_sha256,
         Hints(options.image_size, options.value_range),
         options.allow_unsafe_ops,
@@ -67,6 +71,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     )
     info = load(spec).info
     _check_classes(options, info, names)
+    if options.top_k and options.outputs:
+        spec = dataclasses.replace(spec, outputs=tuple(sorted({*options.outputs, "logits"})))
     preprocessing = Preprocessing(
         info.image_size,
         options.fit,
@@ -163,6 +169,38 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         ),
         started,
     )
+
+
+def runner_of(name: str | None) -> str:
+    """The runner that `name` means. DirectRunner is Beam's FnApiRunner, whatever the spelling.
+
+    Beam's own switching would first try Prism, whose binary it downloads.
+    """
+    bare = (name or "direct").lower().removesuffix("runner")
+    return DIRECT_RUNNER if bare in ("direct", "switchingdirect") else str(name)
+
+
+def _check_beam_flags(beam_args: Sequence[str]) -> None:
+    """Raise RequestError for values that Beam refuses, which it would tell in many lines, late."""
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+    from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
+    from apache_beam.runners.runner import create_runner
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            options = PipelineOptions(list(beam_args))
+            options.get_all_options()
+    except SystemExit:
+        raise RequestError(told.getvalue().strip().rpartition("error: ")[2]) from None
+    standard = options.view_as(StandardOptions)
+    standard.runner = runner_of(standard.runner)
+    try:
+        problems = PipelineOptionsValidator(options, create_runner(standard.runner)).validate()
+    except Exception as error:  # whatever a runner's lookup raises, the name is what was wrong
+        raise RequestError(f"--runner {standard.runner}: {error}") from None
+    if problems:
+        raise RequestError(problems[0])
 
 
 def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:

@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
         usage="python -m pipeline.verify OUT [flags]",
         description="Hold an output against its manifest: presence, sha256, page checksums, rows, "
         "unique keys, finite vectors of the right width, one schema, counts. A line a problem on "
-        "stderr, a JSON summary as the last line of stdout. Exit 0 whole, 1 damaged, 2 no output "
-        "at all. Beam's flags for gs:// and s3:// pass through.",
+        "stderr, a JSON summary as the last line of stdout. Exit 0 whole, 1 damaged, 2 nothing "
+        "there at all. Beam's flags for gs:// and s3:// pass through.",
         allow_abbrev=False,
     )
     result.add_argument("output", metavar="OUT", help="what a run wrote to: local, gs:// or s3://")
@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verify; returns the exit code: 0 whole, 1 damaged, 2 no output at all."""
+    """Verify; returns the exit code: 0 whole, 1 damaged, 2 nothing is there at all."""
+    output = None
     try:
         request, beam_args = parser().parse_known_args(argv)
         check_beam_flags(beam_args)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = verify(output, lambda line: print(line, file=sys.stderr))
     except (RequestError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        return 1 if output and files.occupied(output) else 2
     print(json.dumps(result), flush=True)
     return 0 if result["status"] == "ok" else 1
 

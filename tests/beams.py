@@ -8,7 +8,7 @@ from unittest import mock
 import apache_beam as beam
 from apache_beam.runners import runner
 
-from pipeline.job import DIRECT_RUNNER
+from pipeline.preflight import DIRECT_RUNNER
 
 
 def pipe(values: list[Any], transform: beam.PTransform) -> Any:

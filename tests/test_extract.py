@@ -595,6 +595,8 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
         ({"max_failure_rate": "10"}, "0 to 1"),
         ({"batch_size": "0"}, "at least 1"),
         ({"formats": "jpeg,heic"}, "heic"),
+        ({"runner": "NoSuchRunner"}, "NoSuchRunner"),
+        ({"direct_num_workers": "many"}, "direct_num_workers"),
         ({"input_format": "failures"}, "no output of this program"),
     ],
 )

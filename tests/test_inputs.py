@@ -151,6 +151,19 @@ def test_an_input_that_cannot_be_read_is_a_wrong_request(tmp_path, monkeypatch):
         survey([write(tmp_path, a=JPEG)], "auto", allow_empty=False)
 
 
+def test_one_of_several_that_cannot_be_read_says_nothing_of_the_rest(tmp_path, monkeypatch):
+    open_read = files.open_read
+
+    def refuse(path):
+        if path.endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return open_read(path)
+
+    monkeypatch.setattr(files, "open_read", refuse)
+    sources, _ = survey([write(tmp_path, a=JPEG, b=JPEG)], "auto", allow_empty=False)
+    assert sources[0].format == IMAGES
+
+
 def test_many_files_of_one_name_are_known_by_the_first(tmp_path, monkeypatch):
     """A bucket of 100,000 tables is not opened table by table before the run."""
     folder = write(tmp_path, **{f"{n:03}.parquet": TABLE for n in range(40)})

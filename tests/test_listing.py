@@ -326,7 +326,7 @@ def test_repeated_rows_are_known_apart_over_all_manifests(tmp_path):
 def test_retries_are_counted_whatever_thread_they_happen_in(tmp_path, monkeypatch):
     import apache_beam as beam
 
-    from pipeline.job import DIRECT_RUNNER
+    from pipeline.preflight import DIRECT_RUNNER
 
     for n in range(4):
         write(tmp_path / f"{n}.jpg", b"x")

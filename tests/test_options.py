@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import beam_flags, beam_options, options, readme
+from pipeline import beam_flags, beam_options, options, preflight, readme
 from pipeline.options import Options, parse
 from storage.errors import RequestError
 
@@ -109,3 +109,9 @@ def test_what_is_required(missing):
     at = REQUIRED.index(f"--{missing}")
     with pytest.raises(RequestError, match=f"--{missing} is required"):
         parse([*REQUIRED[:at], *REQUIRED[at + 2 :]])
+
+
+@pytest.mark.parametrize("name", [None, "DirectRunner", "directrunner", "Direct", "direct"])
+def test_direct_runner_means_one_runner_however_it_is_spelt(name):
+    assert preflight.runner_of(name) == preflight.DIRECT_RUNNER
+    assert preflight.runner_of("PrismRunner") == "PrismRunner"

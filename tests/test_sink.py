@@ -16,7 +16,7 @@ from beams import pipe
 from formats.dataset import PartFile, Publication
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
-from pipeline.job import DIRECT_RUNNER
+from pipeline.preflight import DIRECT_RUNNER
 from storage.files import NewFile
 from transforms import sink
 from transforms.sink import Publish, WriteFailures, WriteFeatures

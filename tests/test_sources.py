@@ -22,8 +22,8 @@ from formats.example import ExampleKeys, ExampleTypes, serialize_example
 from formats.inputs import IMAGES, TFRECORD, Source, Unit
 from formats.records import Failure, ImageRecord, ImageRef
 from formats.tfrecord import write_record
-from pipeline.job import DIRECT_RUNNER
 from pipeline.options import INPUT_FORMATS
+from pipeline.preflight import DIRECT_RUNNER
 from storage import files, steady
 from storage.errors import RunError
 from transforms import sources

@@ -103,7 +103,9 @@ def _wild(vectors: Vectors, largest: float) -> list[str]:
 def _features(image: DecodedImage, vectors: Vectors, largest: float) -> Features | Failure:
     wild = _wild(vectors, largest)
     if wild:
-        message = f"the model's {' and '.join(wild)} of this picture is not finite"
+        message = f"the model's {' and '.join(wild)} of this picture is not finite" + (
+            f", or beyond {largest:g}" if largest < float(np.finfo("float32").max) else ""
+        )
         return _failure(image, ImageError("NotFinite", message))
     return Features(image.ref, image.sha256, image.width, image.height, vectors)
 
