@@ -18,6 +18,7 @@ _BFLOAT16_OPS = {
     *("AvgPool", "MaxPool", "ConcatV2", "Pad", "PadV2", "StridedSlice", "Identity"),
 }
 _FUSED = "_MklNativeFusedConv2D"
+_LIGHT_BYTES = 1000
 _FLOAT = tf.float32.as_datatype_enum
 _BFLOAT16 = tf.bfloat16.as_datatype_enum
 
@@ -108,13 +109,15 @@ def fuse_convolutions(graph_def: Any, outputs: tuple[str, ...]) -> Any:
             last = reader
             fused.append(b"Relu")
         _replace(graph, conv, [*conv.input, bias.input[1], *extra], last, fused)
-        readers = graph.readers()
     return graph.to_def()
 
 
 def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
+    """The one node that reads `node`, unless that has been fused into another meanwhile."""
     found = readers[node.name]
-    return found[0] if len(found) == 1 and node.name not in graph.keep else None
+    if len(found) != 1 or node.name in graph.keep:
+        return None
+    return found[0] if graph.nodes.get(found[0].name) is found[0] else None
 
 
 def _replace(graph: Graph, conv: Any, inputs: list[str], last: Any, fused: list[bytes]) -> None:
@@ -141,8 +144,17 @@ def _replace(graph: Graph, conv: Any, inputs: list[str], last: Any, fused: list[
 
 def _shapes(graph_def: Any) -> dict[str, list[int | None]]:
     """The static shape of every node's first output."""
+    light = tf.compat.v1.GraphDef(versions=graph_def.versions)
+    for node in graph_def.node:
+        shape = node.attr["value"].tensor.tensor_shape if node.op == "Const" else None
+        if shape is None or not shape.dim or node.ByteSize() < _LIGHT_BYTES:
+            light.node.add().CopyFrom(node)
+        else:  # of weights only the shape counts, and copying them takes seconds
+            weights = light.node.add(op="Placeholder", name=node.name)
+            weights.attr["dtype"].CopyFrom(node.attr["dtype"])
+            weights.attr["shape"].shape.CopyFrom(shape)
     with tf.Graph().as_default() as graph:
-        tf.graph_util.import_graph_def(graph_def, name="")
+        tf.graph_util.import_graph_def(light, name="")
     return {
         op.name: op.outputs[0].shape.as_list()
         for op in graph.get_operations()
