@@ -205,13 +205,15 @@ class Resumed:
 
     `kept`: files that stay; `retired`: files to delete at the commit. `finished`: digests of the
     places of all kept rows, and of the keys of the published ones; `again`: of the places of what
-    failed and is to be tried again, whatever its key.
+    failed and is to be tried again, whatever its key. `counts`: records that each container is
+    known to have had, by source.
     """
 
     kept: tuple[str, ...] = ()
     retired: tuple[str, ...] = ()
     finished: bytes = b""
     again: bytes = b""
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def resume(
@@ -242,6 +244,7 @@ def resume(
     kept: list[str] = []
     finished: list[bytes] = []
     again: list[bytes] = []
+    counts: dict[str, int] = {}
     for path in sorted(whole):
         if retry_failures and path.startswith(FAILURES):
             with open_part(output, path) as part:
@@ -262,13 +265,16 @@ def resume(
                 )
             columns = part.read(["key", "source", "record_index"]).to_pydict()
         kept.append(path)
+        for source, index in zip(columns["source"], columns["record_index"], strict=True):
+            if index is not None:
+                counts[source] = max(counts.get(source, 0), index + 1)
         finished += map(place_digest, columns["source"], columns["record_index"])
         if path in published:  # before that, another image of this id may yet come first
             finished += map(key_digest, columns["key"])
     below = len(files.join(output, ""))
     present = {info.path[below:] for info in files.list_folder(output)}
     retired = sorted(path for path in present - set(kept) if _LEFTOVER.fullmatch(path))
-    return Resumed(tuple(kept), tuple(retired), b"".join(finished), b"".join(again))
+    return Resumed(tuple(kept), tuple(retired), b"".join(finished), b"".join(again), counts)
 
 
 def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str | None:

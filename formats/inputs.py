@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar, cast
@@ -14,6 +16,7 @@ from formats.example import ExampleKeys, ExampleTypes
 from formats.fields import Found
 from formats.listing import Entry
 from formats.replay import Failed
+from formats.table import utf8
 from formats.tfrecord import Record
 from storage import files, steady
 from storage.errors import RequestError
@@ -50,6 +53,9 @@ class Unit:
     limit: int | None = None
     entries: tuple[Entry, ...] = ()
     wanted: Wanted | None = None
+
+
+_TFDS_SHARD = re.compile(r"-(?P<split>[^-.]+)\.[^-]*-(?P<index>\d{5})-of-(?P<total>\d{5})$")
 
 
 def detect_format(found: Sequence[FileInfo]) -> str:
@@ -130,6 +136,30 @@ def survey(
         if kind != IMAGES:
             warnings += _doubts(found)
     return sources, warnings
+
+
+def known_counts(sources: Iterable[Source]) -> dict[str, int]:
+    """Records by TFRecord file, as the data set's own dataset_info.json tells (TFDS's format)."""
+    counts: dict[str, int] = {}
+    lengths: dict[str, dict[str, list[int]]] = {}  # folder -> split -> records by shard
+    for source in sources:
+        for info in files.find(source.pattern) if source.format == TFRECORD else ():
+            folder, _, name = info.path.rpartition("/")
+            if folder not in lengths:
+                lengths[folder] = _shard_lengths(f"{folder}/dataset_info.json")
+            shard = _TFDS_SHARD.search(name)
+            told = lengths[folder].get(shard["split"], []) if shard else []
+            if shard and len(told) == int(shard["total"]) > int(shard["index"]):
+                counts[utf8(info.path) or ""] = told[int(shard["index"])]
+    return counts
+
+
+def _shard_lengths(path: str) -> dict[str, list[int]]:
+    try:
+        told = json.loads(files.read_bytes(path)) if files.is_file(path) else {}
+        return {s["name"]: [int(n) for n in s["shardLengths"]] for s in told.get("splits", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # of another format
 
 
 def _doubts(shards: Sequence[FileInfo]) -> list[str]:

@@ -141,7 +141,14 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Finished.write(finished, resumed.finished, resumed.again)
     return Plan(
         tuple(sources),
-        Reading(keys, types, options.max_image_bytes, options.on_damage, options.allow_http),
+        Reading(
+            keys,
+            types,
+            options.max_image_bytes,
+            options.on_damage,
+            options.allow_http,
+            {**resumed.counts, **inputs.known_counts(sources)},
+        ),
         options.limit,
         finished,
         preprocessing,

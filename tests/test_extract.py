@@ -507,6 +507,25 @@ def test_all_sources_of_one_picture_give_the_same_bits(tmp_path, job):
     assert_true_manifest(ran)
 
 
+def test_a_cut_between_records_is_told_where_a_count_is_known(tmp_path, job):
+    examples = [{"image/encoded": data} for data in different(3).values()]
+    folder = tmp_path / "set"
+    path = write_tfrecord(folder / "set-train.tfrecord-00000-of-00001", examples)
+    told = {"splits": [{"name": "train", "shardLengths": ["3"]}]}
+    (folder / "dataset_info.json").write_text(json.dumps(told))
+    whole = job(folder / "set-*", output=tmp_path / "whole")
+    assert (whole.line["features"], whole.line["failures"]) == (3, 0)
+    write_tfrecord(path, examples[:2])
+    ran = job(folder / "set-*", max_failure_rate=1)
+    assert list(ran.rows("features")) == [f"{path}#0", f"{path}#1"]
+    assert [row["error_class"] for row in ran.rows("failures").values()] == ["MissingRecords"]
+    (folder / "dataset_info.json").unlink()
+    again = job(folder / "set-*", output=tmp_path / "whole", if_exists="resume", max_failure_rate=1)
+    assert (again.line["skipped"], again.line["failures"]) == (2, 1)  # an earlier run had three
+    assert job(folder / "set-*", output=tmp_path / "unknown").line["failures"] == 0
+    assert_true_manifest(again)
+
+
 # --- what is there already ---------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,8 @@ Retried = Callable[[], None]
 class Reading:
     """How sources are read: features by name, their types, caps in bytes, and what damage does.
 
-    `allow_http`: whether a manifest's http(s) addresses are fetched.
+    `allow_http`: whether http(s) addresses of a manifest are fetched. `counts`: records that each
+    TFRecord file is known to have, by source, so that a cut between two of them is seen.
     """
 
     keys: example.ExampleKeys = field(default_factory=example.ExampleKeys)
@@ -52,6 +53,7 @@ class Reading:
     max_image_bytes: int = 256 << 20
     on_damage: str = "record"
     allow_http: bool = False
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_image_file(
@@ -169,11 +171,20 @@ def _walk(
     unit: Unit, source: str, how: Reading, on_retry: Retried
 ) -> Iterator[tfrecord.Record | Found | Failure]:
     (info,) = unit.files
+    found, whole = 0, unit.wanted is None and unit.format == inputs.TFRECORD
     try:
         for item in containers.walk(
             info, unit.format, how.keys, how.max_image_bytes, unit.wanted, on_retry
         ):
+            found = item.index + 1
+            whole = whole and not isinstance(item, tfrecord.Damage)
             yield _damaged(item, source, how) if isinstance(item, tfrecord.Damage) else item
+        known = how.counts.get(source, 0)
+        if whole and found < known:
+            message = f"ends after {found} records, and is known to have had {known}"
+            missing = tfrecord.Damage(info.size, found, "MissingRecords", message, None)
+            # At no record's place: an earlier run may have finished the one that is missing.
+            yield dataclasses.replace(_damaged(missing, source, how), record_index=None)
     except OSError as error:
         yield Failure.of(ImageRef(source, source), "read", _why(error), size=info.size)
 
