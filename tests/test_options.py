@@ -115,3 +115,9 @@ def test_what_is_required(missing):
 def test_direct_runner_means_one_runner_however_it_is_spelt(name):
     assert preflight.runner_of(name) == preflight.DIRECT_RUNNER
     assert preflight.runner_of("PrismRunner") == "PrismRunner"
+
+
+def test_a_flag_that_the_readme_lacks_is_seen():
+    stale = README.replace("| `--fit`", "| `--crop`")
+    assert stale != README
+    assert readme.rendered(stale) != stale
