@@ -16,6 +16,7 @@ def fingerprint(graph: Any, outputs: Mapping[str, str]) -> str:
     `graph` is a GraphDef without variables, `outputs` a role to a tensor's name.
     """
     nodes = {node.name: node for node in graph.node}
+    bodies = _Bodies(graph.library)
     digests: dict[str, bytes] = {}
     opened: set[str] = set()
     stack = [node_name(name) for name in outputs.values()]
@@ -27,14 +28,38 @@ def fingerprint(graph: Any, outputs: Mapping[str, str]) -> str:
             continue
         stack.pop()
         if node.name not in digests:
-            digests[node.name] = _node_digest(node, digests)
+            digests[node.name] = _node_digest(node, digests, bodies)
     total = hashlib.sha256()
     for role, name in sorted(outputs.items()):
         total.update(f"{role} {port(name)} ".encode() + digests[node_name(name)])
     return total.hexdigest()
 
 
-def _node_digest(node: Any, digests: Mapping[str, bytes]) -> bytes:
+class _Bodies:
+    """Digests of a graph's functions, whose names tell only when they were traced."""
+
+    def __init__(self, library: Any):
+        self._functions = {function.signature.name: function for function in library.function}
+        self._digests: dict[str, bytes] = {}
+
+    def digest(self, name: str) -> bytes:
+        """Of what the function `name` does; of the name where it is not one of the graph's."""
+        if name not in self._functions:
+            return name.encode()
+        if name not in self._digests:
+            self._digests[name] = b"recursion"
+            function = self._functions[name]
+            hasher = hashlib.sha256(repr([a.name for a in function.signature.input_arg]).encode())
+            for node in function.node_def:
+                hasher.update(f"{node.name} {list(node.input)}".encode())
+                hasher.update(_node_digest(node, {}, self))
+            for output, tensor in sorted(function.ret.items()):
+                hasher.update(f"{output} {tensor}".encode())
+            self._digests[name] = hasher.digest()
+        return self._digests[name]
+
+
+def _node_digest(node: Any, digests: Mapping[str, bytes], bodies: _Bodies) -> bytes:
     hasher = hashlib.sha256(node.op.encode())
     for name in sorted(node.attr):
         if name == "value" and node.op == "Const":
@@ -42,6 +67,11 @@ def _node_digest(node: Any, digests: Mapping[str, bytes]) -> bytes:
             hasher.update(f"{array.dtype}{array.shape}".encode())
             text = array.dtype == object
             hasher.update(repr(array.tolist()).encode() if text else array.tobytes())
+        elif node.attr[name].HasField("func"):
+            hasher.update(name.encode() + bodies.digest(node.attr[name].func.name))
+        elif node.attr[name].list.func:
+            for function in node.attr[name].list.func:
+                hasher.update(name.encode() + bodies.digest(function.name))
         elif not name.startswith("_"):
             hasher.update(name.encode() + node.attr[name].SerializeToString(deterministic=True))
     for name in node.input:

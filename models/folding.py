@@ -16,12 +16,11 @@ from models.graphs import Graph, node_name, port
 _BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
 
-def fold(graph_def: Any, outputs: tuple[str, ...]) -> Any:
-    """A GraphDef whose nodes `outputs` compute the same as in `graph_def`, a frozen one.
+def fold(graph: Graph) -> None:
+    """Make the kept nodes of `graph` compute the same in fewer operations.
 
     Weights are folded in float64 and stored in their own type.
     """
-    graph = Graph(graph_def, outputs)
     graph.bypass_identities()
     readers = graph.readers()
     for node in list(graph.nodes.values()):
@@ -29,7 +28,7 @@ def fold(graph_def: Any, outputs: tuple[str, ...]) -> Any:
             _fold_batch_norm(graph, node, readers)
     graph.bypass_identities()
     _push_relus(graph)
-    return graph.to_def()
+    graph.prune()
 
 
 def _fold_batch_norm(graph: Graph, norm: Any, readers: dict[str, list[Any]]) -> None:

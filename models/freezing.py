@@ -84,10 +84,15 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
     inputs = tuple(t.name for t in frozen.inputs)
     found = [t.name for t in frozen.outputs]
     named = dict(zip(tensors, _at_size(graph, inputs, found, size), strict=True))
-    outputs = named if kind == HUB_V1 else _roles(directory, named)
+    outputs = named if set(named) <= set(HUB_V1_SIGNATURES) else _roles(directory, named)
     for role, tensor in outputs.items():
         if not _is_vector(tensor):
             raise ModelError(f"--model {directory}: its {role} is no vector, but {tensor.shape}")
+        if tensor.shape[0] is not None:
+            raise ModelError(
+                f"--model {directory}: was made for batches of exactly {tensor.shape[0]} pictures, "
+                "and the last batch of a run holds what is left; export it for any batch size"
+            )
     return Frozen(
         graph,
         inputs,
@@ -227,14 +232,22 @@ def _dense_input(tensor: tf.Tensor) -> tf.Tensor | None:
 def _hub_v1_function(
     directory: str, loaded: Any, proto: Any
 ) -> tuple[Any, list[str], tuple[str, ...]]:
-    """One function over both image signatures, the roles of its outputs, and all signatures."""
+    """One function over the image signatures, the names of its outputs, and all signatures.
+
+    A module that has neither of the hub's common image signatures is looked at by its `default`.
+    """
     signatures = _inference_meta_graph(directory, proto).signature_def
     chosen = {
         role: signatures[name] for role, name in HUB_V1_SIGNATURES.items() if name in signatures
     }
-    if not chosen:
+    if not chosen and "default" in signatures:
+        chosen = {"default": signatures["default"]}
+    unfit = [name for name, s in chosen.items() if "images" not in s.inputs or len(s.inputs) != 1]
+    unfit += [name for name, s in chosen.items() if "default" not in s.outputs]
+    if unfit or not chosen:
         raise ModelError(
-            f"--model {directory}: no image signature; it has {', '.join(sorted(signatures))}"
+            f"--model {directory}: no signature from `images` to `default`, so no image module; it "
+            f"has {', '.join(sorted(signatures))}"
         )
     feeds = sorted({signature.inputs["images"].name for signature in chosen.values()})
     fetches = [signature.outputs["default"].name for signature in chosen.values()]

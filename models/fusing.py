@@ -18,7 +18,6 @@ _BFLOAT16_OPS = {
     *("AvgPool", "MaxPool", "ConcatV2", "Pad", "PadV2", "StridedSlice", "Identity"),
 }
 _FUSED = "_MklNativeFusedConv2D"
-_LIGHT_BYTES = 1000
 _FLOAT = tf.float32.as_datatype_enum
 _BFLOAT16 = tf.bfloat16.as_datatype_enum
 
@@ -30,32 +29,31 @@ def can_fuse() -> bool:
     return op_def_registry.get(_FUSED) is not None
 
 
-def to_bfloat16(graph_def: Any, outputs: tuple[str, ...]) -> Any:
-    """`graph_def` with the layers of convolutional networks, and their weights, in bfloat16.
+def to_bfloat16(graph: Graph) -> None:
+    """Put the layers of convolutional networks, and their weights, in bfloat16.
 
     What comes before them (the scaling of pixels) and after (the mean over places, the dense layer)
-    stays in float32; `outputs` keep their type.
+    stays in float32; kept nodes keep their type.
     """
-    graph = Graph(graph_def, outputs)
     layers = {
         node.name
         for node in graph.nodes.values()
-        if node.op in _BFLOAT16_OPS and kind(node) == _FLOAT and node.name not in outputs
+        if node.op in _BFLOAT16_OPS and kind(node) == _FLOAT and node.name not in graph.keep
     }
     for node in list(graph.nodes.values()):
         layer = node.name in layers
         for at, tensor in enumerate(node.input):
             if tensor.startswith("^"):
                 continue
-            made_by = graph.nodes[node_name(tensor)]
-            if made_by.op == "Const":
+            made_by = graph.producer(tensor)
+            if made_by.op == "Const" or made_by.name in graph.weights:
                 if layer and kind(made_by, "dtype") == _FLOAT:
                     node.input[at] = _bfloat16_constant(graph, made_by)
             elif layer != (made_by.name in layers) and _is_float(graph, node, at):
                 node.input[at] = _cast(graph, tensor, to_bfloat16=layer)
     for name in layers:
         graph.nodes[name].attr["T"].type = _BFLOAT16
-    return graph.to_def()
+    graph.prune()
 
 
 def _is_float(graph: Graph, node: Any, at: int) -> bool:
@@ -70,7 +68,8 @@ def _is_float(graph: Graph, node: Any, at: int) -> bool:
 def _bfloat16_constant(graph: Graph, constant: Any) -> str:
     name = f"{constant.name}/bfloat16"
     if name not in graph.nodes:
-        value = tf.make_ndarray(constant.attr["value"].tensor)
+        value = graph.constant(constant.name)
+        assert value is not None
         graph.add_constant(name, value.astype(tf.bfloat16.as_numpy_dtype))
     return name
 
@@ -84,32 +83,32 @@ def _cast(graph: Graph, tensor: str, to_bfloat16: bool) -> str:
     return name
 
 
-def fuse_convolutions(graph_def: Any, outputs: tuple[str, ...]) -> Any:
-    """`graph_def` with each convolution, its bias, an addition and a ReLU behind it as one.
+def fuse_convolutions(graph: Graph) -> None:
+    """Make each convolution, its bias, an addition and a ReLU behind it one operation.
 
     Only where nothing else reads what lies between. The addition is fused where both sides have
     one shape.
     """
-    graph = Graph(graph_def, outputs)
-    shapes = _shapes(graph_def)
+    shapes = _shapes(graph)
     readers = graph.readers()
     for bias in [node for node in graph.nodes.values() if node.op == "BiasAdd"]:
         conv = graph.producer(bias.input[0])
-        if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in outputs:
+        if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in graph.keep:
             continue
-        last, fused, extra = bias, [b"BiasAdd"], []
-        reader = _only_reader(graph, readers, last)
+        chain, fused, extra = [conv, bias], [b"BiasAdd"], []
+        reader = _only_reader(graph, readers, bias)
         if reader is not None and reader.op in ("Add", "AddV2"):
             others = [name for name in reader.input if node_name(name) != bias.name]
             if len(others) == 1 and shapes[node_name(others[0])] == shapes[bias.name]:
-                last, extra = reader, others
+                chain.append(reader)
+                extra = others
                 fused.append(b"Add")
-                reader = _only_reader(graph, readers, last)
+                reader = _only_reader(graph, readers, reader)
         if reader is not None and reader.op == "Relu":
-            last = reader
+            chain.append(reader)
             fused.append(b"Relu")
-        _replace(graph, conv, [*conv.input, bias.input[1], *extra], last, fused)
-    return graph.to_def()
+        _replace(graph, chain, [*conv.input, bias.input[1], *extra], fused)
+    graph.prune()
 
 
 def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
@@ -120,11 +119,12 @@ def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
     return found[0] if graph.nodes.get(found[0].name) is found[0] else None
 
 
-def _replace(graph: Graph, conv: Any, inputs: list[str], last: Any, fused: list[bytes]) -> None:
-    """Put the fused operation in the place of `last`."""
-    name = last.name
-    del graph.nodes[name]
-    node = graph.add(_FUSED, name, inputs)
+def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[bytes]) -> None:
+    """Put the fused operation in the place of `chain`, a convolution and what follows it."""
+    conv = chain[0]
+    for node in chain:
+        del graph.nodes[node.name]
+    node = graph.add(_FUSED, chain[-1].name, inputs)
     for attribute in (
         "T",
         "strides",
@@ -142,21 +142,12 @@ def _replace(graph: Graph, conv: Any, inputs: list[str], last: Any, fused: list[
     node.attr["_kernel"].s = b"MklNameChangeOp"  # how TensorFlow labels its oneDNN kernels
 
 
-def _shapes(graph_def: Any) -> dict[str, list[int | None]]:
+def _shapes(graph: Graph) -> dict[str, list[int | None]]:
     """The static shape of every node's first output."""
-    light = tf.compat.v1.GraphDef(versions=graph_def.versions)
-    for node in graph_def.node:
-        shape = node.attr["value"].tensor.tensor_shape if node.op == "Const" else None
-        if shape is None or not shape.dim or node.ByteSize() < _LIGHT_BYTES:
-            light.node.add().CopyFrom(node)
-        else:  # of weights only the shape counts, and copying them takes seconds
-            weights = light.node.add(op="Placeholder", name=node.name)
-            weights.attr["dtype"].CopyFrom(node.attr["dtype"])
-            weights.attr["shape"].shape.CopyFrom(shape)
-    with tf.Graph().as_default() as graph:
-        tf.graph_util.import_graph_def(light, name="")
+    with tf.Graph().as_default() as shaped:
+        tf.graph_util.import_graph_def(graph.to_def(), name="")
     return {
         op.name: op.outputs[0].shape.as_list()
-        for op in graph.get_operations()
+        for op in shaped.get_operations()
         if op.outputs and op.outputs[0].shape.rank is not None
     }

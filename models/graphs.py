@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from models.runtime import tf
+
+_HEAVY_BYTES = 1000
+_IDLE_OPS = {"Const", "Identity", "NoOp"}
+_PLAIN_KINDS = "fiub"  # dtypes that NumPy's files hold by themselves; others stay in the graph
 
 
 def node_name(tensor: str) -> str:
@@ -26,28 +31,61 @@ def kind(node: Any, attribute: str = "T") -> int:
 
 
 class Graph:
-    """A copy of a GraphDef without variables, for rewriting; `keep` names nodes that must stay."""
+    """A copy of a GraphDef without variables, for rewriting; `keep` names nodes that must stay.
 
-    def __init__(self, graph: Any, keep: tuple[str, ...] = ()):
+    Weights lie beside it, as placeholders in the graph and as arrays in `weights`: TensorFlow, like
+    protobuf, copies what lies in a graph whenever it touches it.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        keep: Iterable[str] = (),
+        weights: Mapping[str, np.ndarray] | None = None,
+    ):
         self.keep = frozenset(keep)
-        self._versions = graph.versions
+        self.weights = dict(weights or {})
         self.nodes: dict[str, Any] = {}
+        self._versions, self._library = graph.versions, graph.library
         for node in graph.node:
+            value = node.attr["value"].tensor if node.op == "Const" else None
+            if value is not None and node.ByteSize() >= _HEAVY_BYTES:
+                array = tf.make_ndarray(value)
+                if array.dtype.kind in _PLAIN_KINDS:
+                    self._add_weight(node.name, array)
+                    continue
             copy = type(node)()
             copy.CopyFrom(node)
             self.nodes[node.name] = copy
 
-    def to_def(self) -> Any:
-        """The GraphDef of what the kept nodes need (of everything where none was named)."""
-        graph = tf.compat.v1.GraphDef(versions=self._versions)
-        wanted = list(self.keep or self.nodes)
+    def prune(self, keep: Iterable[str] = ()) -> Graph:
+        """Drop what the kept nodes do not need, `keep` from now on if given; returns itself."""
+        self.keep = frozenset(keep) or self.keep
+        wanted = list(self.keep)
         seen = set(wanted)
         while wanted:
-            node = self.nodes[wanted.pop()]
-            fresh = {node_name(name) for name in node.input} - seen
+            fresh = {node_name(name) for name in self.nodes[wanted.pop()].input} - seen
             seen |= fresh
             wanted += fresh
-        graph.node.extend(node for name, node in self.nodes.items() if name in seen)
+        self.nodes = {name: node for name, node in self.nodes.items() if name in seen}
+        self.weights = {name: array for name, array in self.weights.items() if name in seen}
+        return self
+
+    def to_def(self) -> Any:
+        """The GraphDef, with a placeholder for each of the weights."""
+        graph = tf.compat.v1.GraphDef(versions=self._versions, library=self._library)
+        graph.node.extend(self.nodes.values())
+        return graph
+
+    def to_whole_def(self) -> Any:
+        """The GraphDef with its weights as constants, which depends on nothing else."""
+        graph = self.to_def()
+        for node in graph.node:
+            if node.name in self.weights:
+                node.op = "Const"
+                del node.attr["shape"]
+                value = tf.make_tensor_proto(self.weights[node.name])
+                node.attr["value"].tensor.CopyFrom(value)
         return graph
 
     def readers(self) -> dict[str, list[Any]]:
@@ -67,6 +105,8 @@ class Graph:
         node = self.producer(tensor)
         while node.op == "Identity":
             node = self.producer(node.input[0])
+        if node.name in self.weights:
+            return self.weights[node.name]
         return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
 
     def add(self, op: str, name: str, inputs: list[str]) -> Any:
@@ -78,22 +118,43 @@ class Graph:
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
         """A new constant; returns its name."""
+        if value.nbytes >= _HEAVY_BYTES:
+            return self._add_weight(name, value)
         node = self.add("Const", name, [])
         node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
         return name
 
+    def _add_weight(self, name: str, value: np.ndarray) -> str:
+        node = self.add("Placeholder", name, [])
+        node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
+        node.attr["shape"].shape.CopyFrom(tf.TensorShape(value.shape).as_proto())
+        self.weights[name] = value
+        return name
+
     def bypass_identities(self) -> None:
-        """Let everything read past identities, and wait for no operation that does nothing.
+        """Let everything read past identities, and wait for nothing that only hands constants on.
 
         Kept ones stay, and so do those that wait for something.
         """
         past: dict[str, str] = {}
-        idle = {f"^{name}" for name, node in self.nodes.items() if node.op == "NoOp"}
-        idle -= {f"^{name}" for name, node in self.nodes.items() if node.input}
+        idle: dict[str, bool] = {}
+
+        def is_idle(name: str) -> bool:
+            if name not in idle:
+                node = self.nodes[name]
+                idle[name] = name in self.weights or node.op in _IDLE_OPS
+                idle[name] = idle[name] and all(is_idle(node_name(read)) for read in node.input)
+            return idle[name]
+
         for node in self.nodes.values():
-            if not idle.isdisjoint(node.input):
-                node.input[:] = [name for name in node.input if name not in idle]
+            waits = [read for read in node.input if read.startswith("^")]
+            if any(is_idle(node_name(read)) for read in waits):
+                node.input[:] = [
+                    read
+                    for read in node.input
+                    if not (read.startswith("^") and is_idle(node_name(read)))
+                ]
 
         def source(tensor: str) -> str:
             node = self.nodes[node_name(tensor)]

@@ -1,19 +1,21 @@
 """Any handle -> one checked function, pixels -> vectors; and a model prepared once for loading so.
 
 A prepared model is a folder with `graph.pb`, the frozen and folded graph that takes uint8 pixels,
-and `prepared.json`, what is known of it. Its weights are float32, for every precision.
+`weights.npz`, what its placeholders stand for, and `prepared.json`, what is known of it. Weights
+have the model's own type, for every precision.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,9 +29,9 @@ from models.runtime import CORES, GPUS, tf
 from models.safety import check_graph, unsafe_ops, unsafe_types
 from storage import files
 
-PREPARED_VERSION = 1
+PREPARED_VERSION = 2
 Run = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
-_GRAPH_FILE = "graph.pb"
+_GRAPH_FILE, _WEIGHTS_FILE = "graph.pb", "weights.npz"
 _PIXELS = "pixels"
 
 
@@ -117,10 +119,8 @@ def load(spec: LoadSpec) -> LoadedModel:
         if spec not in _loaded:
             info, graph = _assembled(spec)
             outputs = spec.outputs or tuple(info.outputs)
-            graph = _for_device(graph, outputs, spec.precision)
-            _loaded[spec] = LoadedModel(
-                info, [_function(graph, outputs) for _ in range(spec.copies)]
-            )
+            _for_device(graph.prune(outputs), spec.precision)
+            _loaded[spec] = LoadedModel(info, _functions(graph, outputs, spec.copies))
         return _loaded[spec]
 
 
@@ -131,13 +131,19 @@ def prepare(spec: LoadSpec, output: str) -> ModelInfo:
     written last. Raises RequestError where the model cannot be used.
     """
     info, graph = _assembled(spec)
-    data = graph.SerializeToString(deterministic=True)
+    weights = io.BytesIO()
+    np.savez(weights, allow_pickle=False, **cast(Any, graph.weights))
+    parts = {
+        _GRAPH_FILE: graph.to_def().SerializeToString(deterministic=True),
+        _WEIGHTS_FILE: weights.getbuffer(),
+    }
+    for name, data in parts.items():
+        files.write_bytes(files.join(output, name), data)
     described = {
         "prepared_version": PREPARED_VERSION,
         **dataclasses.asdict(info),
-        "graph_sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
     }
-    files.write_bytes(files.join(output, _GRAPH_FILE), data)
     text = json.dumps(described, indent=1)
     files.write_bytes(files.join(output, PREPARED_FILE), text.encode())
     return info
@@ -151,7 +157,7 @@ def look(spec: LoadSpec) -> dict[str, Any]:
 def unsafe_operations(directory: str) -> list[str]:
     """The operations of the model at `directory` that reach files or the network; runs nothing."""
     if model_format(directory) == PREPARED:
-        return unsafe_types(_read_prepared(directory)[1])
+        return unsafe_types(_read_prepared(directory)[1].to_def())
     return unsafe_ops(read_proto(directory))
 
 
@@ -171,7 +177,7 @@ def default_copies() -> int:
     return 1 if GPUS else CORES
 
 
-def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Any]:
+def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
     """What is known of the model, and its graph from uint8 `pixels` to its outputs by name."""
     directory = resolve(spec.handle, spec.sha256)
     if model_format(directory) == PREPARED:
@@ -182,7 +188,7 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Any]:
         ):
             if asked not in (None, has):
                 raise ModelError(f"--{flag} {asked}: the prepared model was made for {has}")
-        check_graph(directory, graph, spec.allow_unsafe_ops)
+        check_graph(directory, graph.to_def(), spec.allow_unsafe_ops)
     else:
         frozen = freeze(directory, spec.hints, spec.allow_unsafe_ops)
         check_graph(directory, frozen.graph, spec.allow_unsafe_ops)
@@ -204,29 +210,35 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Any]:
     return info, graph
 
 
-def _read_prepared(directory: str) -> tuple[ModelInfo, Any]:
+def _read_prepared(directory: str) -> tuple[ModelInfo, Graph]:
     try:
         described = json.loads(files.read_bytes(files.join(directory, PREPARED_FILE)))
-        if described.pop("prepared_version") > PREPARED_VERSION:
-            raise ValueError("made by a newer version of this program")
-        data = files.read_bytes(files.join(directory, _GRAPH_FILE))
-        if hashlib.sha256(data).hexdigest() != described.pop("graph_sha256"):
-            raise ValueError(f"{_GRAPH_FILE} was cut or altered")
+        if described.pop("prepared_version") != PREPARED_VERSION:
+            raise ValueError("made by another version of this program")
+        parts = {}
+        for name, digest in described.pop("sha256").items():
+            parts[name] = files.read_bytes(files.join(directory, name))
+            if hashlib.sha256(parts[name]).hexdigest() != digest:
+                raise ValueError(f"{name} was cut or altered")
         described["value_range"] = tuple(described["value_range"])
         described["signatures"] = tuple(described["signatures"])
         info = ModelInfo(**{**described, "format": PREPARED})
+        with np.load(io.BytesIO(parts[_WEIGHTS_FILE])) as weights:
+            arrays = {name: weights[name] for name in weights.files}
+        graph_def = tf.compat.v1.GraphDef.FromString(parts[_GRAPH_FILE])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"--model {directory}: not a whole prepared model ({error}); prepare it again"
         ) from None
-    return info, tf.compat.v1.GraphDef.FromString(data)
+    return info, Graph(graph_def, info.outputs, arrays)
 
 
-def _assemble(frozen: Frozen) -> Any:
+def _assemble(frozen: Frozen) -> Graph:
     """`frozen` with batch norms folded, behind uint8 `pixels` scaled on the device."""
     low, high = frozen.value_range
     side = frozen.image_size
-    with tf.Graph().as_default() as graph:
+    network = Graph(frozen.graph)
+    with tf.Graph().as_default() as assembled:
         pixels = tf.compat.v1.placeholder(tf.uint8, [None, side, side, 3], _PIXELS)
         images = tf.cast(pixels, tf.float32)
         if (low, high) != (0.0, 255.0):
@@ -234,37 +246,46 @@ def _assemble(frozen: Frozen) -> Any:
         if low:
             images += low
         tensors = tf.graph_util.import_graph_def(
-            frozen.graph,
+            network.to_def(),
             input_map=dict.fromkeys(frozen.inputs, images),
             return_elements=list(frozen.outputs.values()),
             name="model",
         )
         for role, tensor in zip(frozen.outputs, tensors, strict=True):
             tf.reshape(tensor, [-1, frozen.widths[role]], name=role)
-    return fold(graph.as_graph_def(), tuple(frozen.outputs))
+    weights = {f"model/{name}": array for name, array in network.weights.items()}
+    graph = Graph(assembled.as_graph_def(), frozen.outputs, weights)
+    fold(graph)
+    return graph
 
 
-def _for_device(graph: Any, outputs: tuple[str, ...], precision: str) -> Any:
-    """`graph` in the arithmetic asked for and, on CPU, with oneDNN's fused operations."""
-    graph = Graph(graph, outputs).to_def()
+def _for_device(graph: Graph, precision: str) -> None:
+    """Put `graph` in the arithmetic asked for and, on CPU, into oneDNN's fused operations."""
     if precision == "bfloat16":
-        graph = to_bfloat16(graph, outputs)
-    return fuse_convolutions(graph, outputs) if not GPUS and can_fuse() else graph
+        to_bfloat16(graph)
+    if not GPUS and can_fuse():
+        fuse_convolutions(graph)
 
 
-def _function(graph: Any, outputs: tuple[str, ...]) -> Run:
+def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
+    """The same function `copies` times over one set of weights."""
+    graph_def = graph.to_def()
+    weights = {name: tf.constant(array) for name, array in graph.weights.items()}
+    graph.weights.clear()  # TensorFlow has its own now
+    shape = tf.TensorShape(graph.nodes[_PIXELS].attr["shape"].shape)
+
     def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
+        capture = tf.compat.v1.get_default_graph().capture
         tensors = tf.graph_util.import_graph_def(
-            graph,
-            input_map={_PIXELS: pixels},
+            graph_def,
+            input_map={_PIXELS: pixels, **{name: capture(w) for name, w in weights.items()}},
             return_elements=[f"{name}:0" for name in outputs],
             name="",
         )
         return dict(zip(outputs, tensors, strict=True))
 
-    (placeholder,) = (node for node in graph.node if node.name == _PIXELS)
-    shape = tf.TensorShape(placeholder.attr["shape"].shape)
-    return tf.compat.v1.wrap_function(run, [tf.TensorSpec(shape, tf.uint8)])
+    pixels = tf.TensorSpec(shape, tf.uint8)
+    return [tf.compat.v1.wrap_function(run, [pixels]) for _ in range(copies)]
 
 
 __all__ = [

@@ -56,6 +56,8 @@ with _without_chatter():
             # waits for another at the end of each of a thousand operations.
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(CORES)
+            # The graphs are folded and fused already; looking for more took most of a first call.
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         if not _has_gpu:
             tf.config.set_visible_devices([], "GPU")
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver

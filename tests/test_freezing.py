@@ -12,7 +12,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from models.checkpoint import write_checkpoint
 from models.export import _image_module_info
 from models.freezing import Hints, ModelError
-from models.loading import LoadedModel, LoadSpec, load
+from models.loading import LoadedModel, LoadSpec, load, prepare
 
 SIZE, WIDTH, CLASSES = 6, 4, 5
 KERNEL = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
@@ -317,8 +317,23 @@ def test_an_object_that_is_called(tmp_path):
 # --- TF1 modules -------------------------------------------------------------------------------
 
 
-def save_module(directory: Path, size: int | None, attached: int | None, apart: bool) -> str:
-    """A hub.Module with both image signatures, on one placeholder or each on its own."""
+BOTH = {
+    "image_feature_vector": "image_feature_vector",
+    "image_classification": "image_classification",
+}
+
+
+def save_module(
+    directory: Path,
+    size: int | None = SIZE,
+    attached: int | None = None,
+    apart: bool = False,
+    names: dict[str, str] = BOTH,
+) -> str:
+    """A hub.Module with both image signatures, on one placeholder or each on its own.
+
+    `names`: its signatures, to which of the two each is.
+    """
     v1 = tf.compat.v1
     shape = [None, size, size, 3]
     with tf.Graph().as_default() as graph:
@@ -332,7 +347,8 @@ def save_module(directory: Path, size: int | None, attached: int | None, apart: 
         meta = v1.train.export_meta_graph(graph=graph, clear_devices=True)
     meta.ClearField("saver_def")
     del meta.meta_info_def.tags[:]
-    for name, (images, output) in vectors.items():
+    for name, of in names.items():
+        images, output = vectors[of]
         meta.signature_def[name].CopyFrom(
             meta_graph_pb2.SignatureDef(
                 inputs={"images": tensor_info(images)}, outputs={"default": tensor_info(output)}
@@ -373,3 +389,72 @@ def test_a_module_of_any_size_that_tells_none(tmp_path):
     with pytest.raises(ModelError, match="give --image_size"):
         loaded(directory)
     assert close(loaded(directory, image_size=SIZE)(PIXELS)["logits"], LOGITS)
+
+
+def test_a_module_of_the_default_signature_alone(tmp_path):
+    model = loaded(save_module(tmp_path / "m", names={"default": "image_classification"}))
+    assert model.info.signatures == ("default",)
+    got = model(PIXELS)
+    assert close(got["embedding"], TRUNK)
+    assert close(got["logits"], LOGITS)
+
+
+def test_a_module_without_image_signatures(tmp_path):
+    directory = save_module(tmp_path / "m", names={"tokens": "image_classification"})
+    with pytest.raises(ModelError, match="no image module; it has tokens"):
+        loaded(directory)
+
+
+# --- graphs that are no plain chains -----------------------------------------------------------
+
+
+def test_a_model_for_batches_of_one_size_is_refused(tmp_path):
+    module = tf.Module()
+    spec = tf.TensorSpec([4, SIZE, SIZE, 3], tf.float32, "images")
+    module.serve = tf.function(
+        lambda x: {"y": tf.reshape(features(x * 2.0 - 1.0), [4, WIDTH])}, input_signature=[spec]
+    )
+    tf.saved_model.save(module, str(tmp_path / "m"), {"serving_default": module.serve})
+    with pytest.raises(ModelError, match="batches of exactly 4 pictures"):
+        loaded(str(tmp_path / "m"))
+
+
+def looped(x: tf.Tensor) -> tf.Tensor:
+    """Three times through a loop, on pictures in [0, 1]."""
+    x = x * 2.0 - 1.0
+    return tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * 0.5), (0, x))[1]
+
+
+def mapped(x: tf.Tensor) -> tf.Tensor:
+    """A function called for each picture, which nothing inlines."""
+    return tf.map_fn(lambda picture: picture * 2.0 - 1.0, x)
+
+
+def branched(x: tf.Tensor) -> tf.Tensor:
+    """One of two branches, by what the pictures hold."""
+    x = x * 2.0 - 1.0
+    return tf.cond(tf.reduce_mean(x) > -2.0, lambda: x * 3.0, lambda: x - 9.0)
+
+
+@pytest.mark.parametrize("through", [looped, mapped, branched])
+def test_control_flow_is_kept(through, tmp_path):
+    directory = saved(tmp_path / "m", lambda x: {"embedding": features(through(x))})
+    wanted = expected(np.asarray(through(tf.constant(PIXELS / np.float32(255), tf.float32))))
+    model = loaded(directory, value_range=(0.0, 1.0))
+    assert close(model(PIXELS)["embedding"], wanted)
+    again = load(LoadSpec(directory, hints=Hints(None, (0.0, 1.0)), copies=2))
+    assert again.info.fingerprint == model.info.fingerprint
+    prepare(LoadSpec(directory, hints=Hints(None, (0.0, 1.0))), str(tmp_path / "prepared"))
+    assert close(loaded(str(tmp_path / "prepared"))(PIXELS)["embedding"], wanted)
+
+
+def test_the_fingerprint_tells_what_a_called_function_does(tmp_path):
+    def mapping(scale: float):
+        return lambda x: {"embedding": features(tf.map_fn(lambda p: p * scale - 1.0, x))}
+
+    found = [
+        loaded(saved(tmp_path / str(i), mapping(scale)), value_range=(0.0, 1.0)).info.fingerprint
+        for i, scale in enumerate([2.0, 2.0, 3.0])
+    ]
+    assert found[0] == found[1]
+    assert found[0] != found[2]

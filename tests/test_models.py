@@ -106,7 +106,11 @@ def test_a_model_is_exported_packed_inspected_and_prepared(format, head, told, t
     assert digests(Path(resolve(str(archive), digest))) == digests(model)
 
     told("prepare", model, "--output", prepared)
-    assert sorted(p.name for p in prepared.iterdir()) == ["graph.pb", "prepared.json"]
+    assert sorted(p.name for p in prepared.iterdir()) == [
+        "graph.pb",
+        "prepared.json",
+        "weights.npz",
+    ]
     assert told("inspect", prepared) == {**looked, "format": "prepared"}
     origin, again = load(LoadSpec(str(model))), load(LoadSpec(str(prepared)))
     for name, vectors in origin(PIXELS).items():
@@ -265,11 +269,13 @@ DAMAGE = {
     "a cut graph": lambda folder: (folder / "graph.pb").write_bytes(
         (folder / "graph.pb").read_bytes()[:-1]
     ),
+    "a bit of the weights": lambda folder: flip(folder / "weights.npz"),
+    "no weights": lambda folder: (folder / "weights.npz").unlink(),
     "no graph": lambda folder: (folder / "graph.pb").unlink(),
     "a cut description": lambda folder: (folder / "prepared.json").write_text("{"),
     "another description": lambda folder: (folder / "prepared.json").write_text("[1]"),
     "a newer version": lambda folder: (folder / "prepared.json").write_text(
-        (folder / "prepared.json").read_text().replace('_version": 1', '_version": 99')
+        (folder / "prepared.json").read_text().replace('_version": 2', '_version": 99')
     ),
 }
 

@@ -1,0 +1,174 @@
+"""Folding changes the number of operations, not what is computed."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.folding import fold
+from models.fusing import can_fuse, fuse_convolutions, to_bfloat16
+from models.graphs import Graph
+
+SIDE, CHANNELS = 7, 4
+X = np.random.default_rng(0).normal(size=(2, SIDE, SIDE, CHANNELS)).astype(np.float32)
+FUSED = "_MklNativeFusedConv2D"
+
+
+class Net:
+    """Builds layers with random weights on the current graph."""
+
+    def __init__(self, seed: int = 0):
+        self.random = np.random.default_rng(seed)
+
+    def conv(self, x: tf.Tensor, width: int = CHANNELS, name: str | None = None) -> tf.Tensor:
+        kernel = self.random.normal(size=(3, 3, int(x.shape[-1]), width)).astype(np.float32)
+        return tf.nn.conv2d(x, kernel, 1, "SAME", name=name)
+
+    def norm(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+        width = int(x.shape[-1])
+        gamma, variance = self.random.uniform(0.5, 2, (2, width)).astype(np.float32)
+        beta, mean = self.random.normal(size=(2, width)).astype(np.float32)
+        return tf.compat.v1.nn.fused_batch_norm(
+            x, gamma, beta, mean, variance, epsilon=1e-3, is_training=training
+        )[0]
+
+    def cell(self, x: tf.Tensor) -> tf.Tensor:
+        return self.norm(self.conv(tf.nn.relu(x)))
+
+
+def build(make) -> tf.compat.v1.GraphDef:
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, [None, SIDE, SIDE, CHANNELS], "x")
+        tf.identity(make(Net(), x), name="y")
+    return graph.as_graph_def()
+
+
+def run(graph: Graph) -> np.ndarray:
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.graph_util.import_graph_def(graph.to_whole_def(), name="")
+        return session.run("y:0", {"x:0": X})
+
+
+def ops(graph: Graph) -> Counter:
+    return Counter(node.op for node in graph.nodes.values())
+
+
+def close(got: np.ndarray, wanted: np.ndarray, error: float = 1e-5) -> bool:
+    return bool(np.abs(got - wanted).max() <= error * np.abs(wanted).max())
+
+
+def block(net: Net, x: tf.Tensor) -> tf.Tensor:
+    a, b = net.cell(x), net.cell(net.cell(x))
+    return tf.nn.relu(tf.concat([a, b, tf.nn.relu(x)], 3))
+
+
+FOLDED = {
+    "a batch norm": (lambda net, x: net.norm(net.conv(x)), {"FusedBatchNormV3": 0, "BiasAdd": 1}),
+    "one behind a concatenation": (
+        lambda net, x: net.norm(tf.concat([net.conv(x, 3), net.conv(x, 5)], 3)),
+        {"FusedBatchNormV3": 0, "BiasAdd": 2},
+    ),
+    "a ReLU of a concatenation": (block, {"FusedBatchNormV3": 0, "ConcatV2": 1}),
+}
+LEFT = {
+    "a convolution that is read twice": lambda net, x: (
+        lambda made: net.norm(made) + tf.nn.relu(made)
+    )(net.conv(x)),
+    "a batch norm in training": lambda net, x: net.norm(net.conv(x), training=True),
+    "a batch norm of no convolution": lambda net, x: net.norm(tf.nn.relu(x)),
+    "a concatenation of another axis": lambda net, x: net.norm(
+        tf.concat([net.conv(x), net.conv(x)], 1)
+    ),
+    "a concatenation of which one part is no convolution": lambda net, x: net.norm(
+        tf.concat([net.conv(x), x], 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_folding_computes_the_same_in_fewer_operations(name):
+    make, counts = FOLDED[name]
+    graph = Graph(build(make), ["y"])
+    wanted = run(graph)
+    fold(graph)
+    assert {op: ops(graph)[op] for op in counts} == counts
+    assert close(run(graph), wanted)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_folded_is_left(name):
+    graph = Graph(build(LEFT[name]), ["y"])
+    wanted = run(graph)
+    fold(graph)
+    assert ops(graph)["FusedBatchNormV3"] == 1
+    assert close(run(graph), wanted)
+
+
+FUSIONS = {
+    "bias": (lambda net, x: tf.nn.bias_add(net.conv(x), np.ones(CHANNELS, np.float32)), 1),
+    "bias and ReLU": (lambda net, x: tf.nn.relu(net.norm(net.conv(x))), 1),
+    "bias, addition": (lambda net, x: net.norm(net.conv(x)) + x, 1),
+    "bias, addition, ReLU": (lambda net, x: tf.nn.relu(x + net.norm(net.conv(x))), 1),
+    "an addition that spreads": (
+        lambda net, x: net.norm(net.conv(x)) + np.ones(CHANNELS, np.float32),
+        1,
+    ),
+    "two that are added": (
+        lambda net, x: tf.nn.relu(net.norm(net.conv(x)) + net.norm(net.conv(x))),
+        2,
+    ),
+    "a bias read twice": (
+        lambda net, x: (lambda made: tf.nn.relu(made) + tf.sigmoid(made))(net.norm(net.conv(x))),
+        1,
+    ),
+}
+
+
+@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
+@pytest.mark.parametrize("name", FUSIONS)
+def test_fusing_computes_the_same(name):
+    make, count = FUSIONS[name]
+    graph = Graph(build(make), ["y"])
+    wanted = run(graph)
+    fold(graph)
+    fuse_convolutions(graph)
+    assert ops(graph)[FUSED] == count
+    assert ops(graph)["Conv2D"] == 0
+    assert close(run(graph), wanted)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000),
+    steps=st.lists(st.sampled_from(["cell", "add", "concat", "pool", "relu"]), max_size=8),
+    rough=st.booleans(),
+)
+def test_any_network_computes_the_same_after_all_of_it(seed, steps, rough):
+    with tf.Graph().as_default() as built:
+        net = Net(seed)
+        x = tf.compat.v1.placeholder(tf.float32, [None, SIDE, SIDE, CHANNELS], "x")
+        made = [x]
+        for step in steps:
+            a, b = (made[int(net.random.integers(len(made)))] for _ in range(2))
+            if step == "cell":
+                made.append(net.cell(a))
+            elif step == "add":
+                made.append(net.cell(a) + net.cell(b))
+            elif step == "concat":
+                made.append(net.cell(tf.nn.relu(tf.concat([net.cell(a), b], 3))))
+            elif step == "pool":
+                made.append(tf.nn.avg_pool2d(a, 3, 1, "SAME"))
+            else:
+                made.append(tf.nn.relu(a))
+        tf.identity(made[-1], name="y")
+    graph = Graph(built.as_graph_def(), ["y"])
+    wanted = run(graph)
+    fold(graph)
+    if rough:
+        to_bfloat16(graph)
+    if can_fuse():
+        fuse_convolutions(graph)
+    assert close(run(graph), wanted, 0.15 if rough else 1e-4)
