@@ -6,16 +6,18 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from models.graphs import node_name, port
+import numpy as np
+
+from models.graphs import Graph, node_name, port
 from models.runtime import tf
 
 
-def fingerprint(graph: Any, outputs: Mapping[str, str]) -> str:
-    """SHA-256, hex, over operations, attributes, wiring and constants behind `outputs`.
+def fingerprint(graph: Graph, outputs: Mapping[str, str]) -> str:
+    """SHA-256, hex, over operations, attributes, wiring, constants and weights behind `outputs`.
 
-    `graph` is a GraphDef without variables, `outputs` a role to a tensor's name.
+    `outputs`: a role to a tensor's name.
     """
-    nodes = {node.name: node for node in graph.node}
+    nodes = graph.nodes
     bodies = _Bodies(graph.library)
     digests: dict[str, bytes] = {}
     opened: set[str] = set()
@@ -28,7 +30,10 @@ def fingerprint(graph: Any, outputs: Mapping[str, str]) -> str:
             continue
         stack.pop()
         if node.name not in digests:
-            digests[node.name] = _node_digest(node, digests, bodies)
+            weight = graph.weights.get(node.name)
+            digests[node.name] = (
+                _node_digest(node, digests, bodies) if weight is None else _array_digest(weight)
+            )
     total = hashlib.sha256()
     for role, name in sorted(outputs.items()):
         total.update(f"{role} {port(name)} ".encode() + digests[node_name(name)])
@@ -59,14 +64,18 @@ class _Bodies:
         return self._digests[name]
 
 
+def _array_digest(array: np.ndarray) -> bytes:
+    hasher = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    text = array.dtype == object
+    hasher.update(repr(array.tolist()).encode() if text else array.tobytes())
+    return hasher.digest()
+
+
 def _node_digest(node: Any, digests: Mapping[str, bytes], bodies: _Bodies) -> bytes:
     hasher = hashlib.sha256(node.op.encode())
     for name in sorted(node.attr):
         if name == "value" and node.op == "Const":
-            array = tf.make_ndarray(node.attr[name].tensor)
-            hasher.update(f"{array.dtype}{array.shape}".encode())
-            text = array.dtype == object
-            hasher.update(repr(array.tolist()).encode() if text else array.tobytes())
+            hasher.update(_array_digest(tf.make_ndarray(node.attr[name].tensor)))
         elif node.attr[name].HasField("func"):
             hasher.update(name.encode() + bodies.digest(node.attr[name].func.name))
         elif node.attr[name].list.func:

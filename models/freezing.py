@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from models.graphs import Graph, node_name
 from models.handles import HUB_V1, model_format
-from models.runtime import convert_variables_to_constants_v2, saved_model_pb2, tf
+from models.runtime import inline_variables, saved_model_pb2, tf
 from models.safety import check_model
 from storage.errors import RequestError
 
@@ -41,14 +42,14 @@ class Hints:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A graph without variables.
+    """A graph without variables, large weights beside it.
 
     `inputs` all take the same float32 [N, S, S, 3] within `value_range`, S = `image_size`.
     `outputs`: "embedding" and "logits", those that there are, to the tensor's name; its shape is
     [N, width] or [N, 1, 1, width].
     """
 
-    graph: Any
+    graph: Graph
     inputs: tuple[str, ...]
     outputs: Mapping[str, str]
     widths: Mapping[str, int]
@@ -71,19 +72,17 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
         loaded = tf.saved_model.load(directory, tags=[] if kind == HUB_V1 else None)
         find = _hub_v1_function if kind == HUB_V1 else _saved_model_function
         function, tensors, signatures = find(directory, loaded, proto)
-        frozen = convert_variables_to_constants_v2(function)
+        graph = _without_variables(function)
     except RequestError:
         raise
     except Exception as error:  # TensorFlow's loader raises what its parsers happen to raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"--model {directory}: cannot be loaded ({reason})") from error
-    image = frozen.inputs[0]
-    shape = image.shape.as_list() if image.shape.rank == 4 else [None]
+    inputs = [t for t in function.inputs if t.dtype != tf.resource]
+    shape = inputs[0].shape.as_list() if inputs[0].shape.rank == 4 else [None]
     size = _image_size(directory, shape, hints, _attached_size(proto) if kind == HUB_V1 else None)
-    graph = frozen.graph.as_graph_def()
-    inputs = tuple(t.name for t in frozen.inputs)
-    found = [t.name for t in frozen.outputs]
-    named = dict(zip(tensors, _at_size(graph, inputs, found, size), strict=True))
+    image, found = _at_size(graph, inputs, function.outputs, size)
+    named = dict(zip(tensors, found, strict=True))
     outputs = named if set(named) <= set(HUB_V1_SIGNATURES) else _roles(directory, named)
     for role, tensor in outputs.items():
         if not _is_vector(tensor):
@@ -95,7 +94,7 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
             )
     return Frozen(
         graph,
-        inputs,
+        tuple(t.name for t in inputs),
         {role: t.name for role, t in outputs.items()},
         {role: int(t.shape[-1]) for role, t in outputs.items()},
         kind,
@@ -105,14 +104,56 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
     )
 
 
-def _at_size(graph: Any, inputs: Sequence[str], names: Sequence[str], size: int) -> list[tf.Tensor]:
-    """The tensors `names` of `graph` with the shapes that they have for pictures of `size`."""
+def _without_variables(function: Any) -> Graph:
+    """The graph of `function` with all calls inlined, and the values of its variables.
+
+    Large ones stay out of TensorFlow's converter, which would copy them a dozen times.
+    """
+    variables = {id(variable.handle): variable for variable in function.graph.variables}
+    large = {
+        placeholder.op.name: variables[id(handle)]
+        for handle, placeholder in function.graph.captures
+        if id(handle) in variables and variables[id(handle)].dtype.is_floating
+    }
+    graph_def = inline_variables(function, leave=large)
+    nodes = {node.name: node for node in graph_def.node}
+
+    def source(tensor: str) -> str:
+        while nodes[node_name(tensor)].op == "Identity":
+            tensor = nodes[node_name(tensor)].input[0]
+        return node_name(tensor)
+
+    readers = [node for node in graph_def.node if any(source(read) in large for read in node.input)]
+    if any(node.op not in ("ReadVariableOp", "Identity") for node in readers):
+        return Graph(inline_variables(function))
+    for node in readers:
+        kind = large[source(node.input[0])].dtype.as_datatype_enum
+        node.op = "Identity"
+        node.attr.clear()
+        node.attr["T"].type = kind
+    for name in large:
+        nodes[name].op = "NoOp"
+        nodes[name].attr.clear()
+    graph = Graph(graph_def)
+    for name, variable in large.items():
+        del graph.nodes[name]
+        graph.add_constant(name, variable.numpy())
+    return graph
+
+
+def _at_size(
+    graph: Graph, inputs: Sequence[tf.Tensor], outputs: Sequence[tf.Tensor], size: int
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """The first of the tensors `inputs` of `graph`, and `outputs`, for pictures of `size`."""
     with tf.Graph().as_default():
         with tf.name_scope("at_size"):
-            images = tf.compat.v1.placeholder(tf.float32, [None, size, size, 3])
-        return tf.graph_util.import_graph_def(
-            graph, input_map=dict.fromkeys(inputs, images), return_elements=names, name=""
+            images = {
+                t.name: tf.compat.v1.placeholder(tf.float32, [None, size, size, 3]) for t in inputs
+            }
+        found = tf.graph_util.import_graph_def(
+            graph.to_def(), input_map=images, return_elements=[t.name for t in outputs], name=""
         )
+    return images[inputs[0].name], found
 
 
 def read_proto(directory: str) -> Any:

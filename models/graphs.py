@@ -46,7 +46,8 @@ class Graph:
         self.keep = frozenset(keep)
         self.weights = dict(weights or {})
         self.nodes: dict[str, Any] = {}
-        self._versions, self._library = graph.versions, graph.library
+        self.library = graph.library
+        self._versions = graph.versions
         for node in graph.node:
             value = node.attr["value"].tensor if node.op == "Const" else None
             if value is not None and node.ByteSize() >= _HEAVY_BYTES:
@@ -56,6 +57,7 @@ class Graph:
                     continue
             copy = type(node)()
             copy.CopyFrom(node)
+            copy.attr.pop("_class", None)  # colocation, with nodes that may go
             self.nodes[node.name] = copy
 
     def prune(self, keep: Iterable[str] = ()) -> Graph:
@@ -73,7 +75,7 @@ class Graph:
 
     def to_def(self) -> Any:
         """The GraphDef, with a placeholder for each of the weights."""
-        graph = tf.compat.v1.GraphDef(versions=self._versions, library=self._library)
+        graph = tf.compat.v1.GraphDef(versions=self._versions, library=self.library)
         graph.node.extend(self.nodes.values())
         return graph
 

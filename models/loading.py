@@ -191,7 +191,7 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
         check_graph(directory, graph.to_def(), spec.allow_unsafe_ops)
     else:
         frozen = freeze(directory, spec.hints, spec.allow_unsafe_ops)
-        check_graph(directory, frozen.graph, spec.allow_unsafe_ops)
+        check_graph(directory, frozen.graph.to_def(), spec.allow_unsafe_ops)
         info = ModelInfo(
             frozen.format,
             frozen.image_size,
@@ -237,7 +237,6 @@ def _assemble(frozen: Frozen) -> Graph:
     """`frozen` with batch norms folded, behind uint8 `pixels` scaled on the device."""
     low, high = frozen.value_range
     side = frozen.image_size
-    network = Graph(frozen.graph)
     with tf.Graph().as_default() as assembled:
         pixels = tf.compat.v1.placeholder(tf.uint8, [None, side, side, 3], _PIXELS)
         images = tf.cast(pixels, tf.float32)
@@ -246,14 +245,14 @@ def _assemble(frozen: Frozen) -> Graph:
         if low:
             images += low
         tensors = tf.graph_util.import_graph_def(
-            network.to_def(),
+            frozen.graph.to_def(),
             input_map=dict.fromkeys(frozen.inputs, images),
             return_elements=list(frozen.outputs.values()),
             name="model",
         )
         for role, tensor in zip(frozen.outputs, tensors, strict=True):
             tf.reshape(tensor, [-1, frozen.widths[role]], name=role)
-    weights = {f"model/{name}": array for name, array in network.weights.items()}
+    weights = {f"model/{name}": array for name, array in frozen.graph.weights.items()}
     graph = Graph(assembled.as_graph_def(), frozen.outputs, weights)
     fold(graph)
     return graph

@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Lines of the native libraries before their log levels are in force.
 _CHATTER = re.compile(rb"^([IWE]\d{4} |WARNING: All log messages before|To enable the following)")
@@ -42,9 +43,7 @@ with _without_chatter():
     import tensorflow as tf
     from tensorflow.core.framework import variable_pb2
     from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
+    from tensorflow.python.framework import convert_to_constants
 
     GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
     with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow already
@@ -62,10 +61,26 @@ with _without_chatter():
             tf.config.set_visible_devices([], "GPU")
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
 
+
+def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
+    """The GraphDef of a ConcreteFunction, calls inlined, captured variables as constants.
+
+    Those whose placeholders are named in `leave` stay as they are. What TensorFlow's
+    convert_variables_to_constants_v2 does, less the function that it makes of the graph again.
+    """
+    found = convert_to_constants._FunctionConverterDataInEager(
+        function,
+        lower_control_flow=True,
+        aggressive_inlining=False,
+        variable_names_denylist=set(leave),
+    )
+    return convert_to_constants._replace_variables_by_constants(found)[0]
+
+
 __all__ = [
     "CORES",
     "GPUS",
-    "convert_variables_to_constants_v2",
+    "inline_variables",
     "meta_graph_pb2",
     "saved_model_pb2",
     "tf",
