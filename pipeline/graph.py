@@ -10,6 +10,7 @@ import apache_beam as beam
 from formats.dataset import Publication
 from formats.image import Preprocessing
 from formats.inputs import Source
+from formats.isolation import Limits
 from formats.table import TableSpec
 from models.loading import LoadSpec
 from transforms.decode import DecodeImages
@@ -20,13 +21,17 @@ from transforms.sources import ReadImages, Reading
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the graph is built; `started` in seconds since 1970."""
+    """Everything that is decided before the graph is built; `started` in seconds since 1970.
+
+    `isolation`: what decoding may take in processes of its own; None: it happens in threads.
+    """
 
     sources: tuple[Source, ...]
     reading: Reading
     limit: int | None
     finished: str | None
     preprocessing: Preprocessing
+    isolation: Limits | None
     model: LoadSpec
     batch_size: int
     table: TableSpec
@@ -45,7 +50,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         | "Sources" >> beam.Create([list(plan.sources)])
         | ReadImages(plan.reading, plan.limit, plan.finished)
     )
-    decoded = read.images | DecodeImages(plan.preprocessing)
+    decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation)
     handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype)
     extracted = decoded.images | ExtractFeatures(handler)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from formats import dataset, example, inputs
 from formats.dataset import Publication
 from formats.image import Preprocessing
+from formats.isolation import Limits
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text
 from models import handles
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 VERSIONED = ("apache-beam", "tensorflow", "pillow", "pyarrow", "numpy", "image-features")
 DIRECT_RUNNER = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 _SAMPLE = 64  # examples that are looked at for the types of label and columns
+_BYTES_PER_PIXEL = 24  # of the memory to decode in
+_LEAST_MEMORY = 64 << 20  # what even a small picture's decoder, and its encoded bytes, may take
 _TRIES = 10  # images that a dry run looks at for one that can be used
 
 log = logging.getLogger("pipeline")
@@ -152,6 +155,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.limit,
         finished,
         preprocessing,
+        _isolation(options),
         spec,
         options.batch_size or default_batch_size(info.image_size, options.precision),
         table,
@@ -176,6 +180,13 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         ),
         started,
     )
+
+
+def _isolation(options: Options) -> Limits | None:
+    if options.decode_isolation == "none":
+        return None
+    memory = options.decode_memory or _BYTES_PER_PIXEL * options.max_image_pixels
+    return Limits(options.decode_seconds, max(memory, _LEAST_MEMORY))
 
 
 def runner_of(name: str | None) -> str:

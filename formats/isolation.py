@@ -1,0 +1,416 @@
+"""Decoding in processes of its own, so that a decoder's crash or hang costs one picture.
+
+A fork server, started afresh, imports Pillow and NumPy and nothing of TensorFlow or Beam; it forks
+the processes that decode. Encoded bytes go to them and pixels come back over sockets. All of them
+end when their starter closes them or dies, however it dies.
+
+This bounds faults, and is no sandbox: the processes run as the same user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.image import Preprocessing, decode_image
+from formats.records import ImageError
+from storage.errors import RunError
+
+Pixels = tuple[np.ndarray, int, int]
+Decoder = Callable[[bytes, Preprocessing], Pixels]
+
+CRASHED, TIMEOUT, OUT_OF_MEMORY = "DecoderCrashed", "DecodeTimeout", "DecoderOutOfMemory"
+
+_REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
+_REPLY = struct.Struct("<III")  # bytes of an error's JSON (0: pixels follow), width, height
+_ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
+_NO_MEMORY = 77  # exit status of a process that has none left for the bytes themselves
+# What a process does to itself. Any other signal came from outside, and may not be the picture's.
+_OWN_FAULTS = {
+    -getattr(signal, f"SIG{name}") for name in ("ABRT", "BUS", "FPE", "ILL", "SEGV", "SYS", "TRAP")
+}
+_START = (
+    "import json, sys; order = json.loads(sys.argv[1]); sys.path[:] = order.pop('path'); "
+    "from formats.isolation import serve; serve(**order)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one picture may take: `seconds` of time, `memory` in bytes beyond an idle process."""
+
+    seconds: float = 30.0
+    memory: int = 2 << 30
+
+
+class DecodeProcesses:
+    """Processes that decode by `how` within `limits`, as many as there are threads that ask.
+
+    `decoder` is a function that can be imported by its name. Safe to use from several threads.
+    """
+
+    def __init__(self, how: Preprocessing, limits: Limits, decoder: Decoder = decode_image):
+        self._how = how
+        self._limits = limits
+        self._decoder = decoder
+        self._lock = threading.Lock()
+        # At once: it imports while its starter still loads the model.
+        self._server: _ForkServer | None = self._new_server()
+        self._idle: list[_Process] = []
+
+    def decode(self, data: bytes) -> Pixels:
+        """As `decode_image`; raises ImageError also with these classes.
+
+        DecoderCrashed, DecodeTimeout, DecoderOutOfMemory. A process that something else has killed
+        is replaced, and its picture tried once more. RunError where no process can be started.
+        """
+        for fresh in (False, True):
+            process = self._take(fresh)
+            try:
+                answer = process.ask(data, self._limits.seconds)
+            except TimeoutError:
+                process.end()
+                message = f"not decoded within --decode_seconds {self._limits.seconds:g}"
+                raise ImageError(TIMEOUT, message) from None
+            except (EOFError, ConnectionError):
+                status, words = process.end()
+                if not fresh and status < 0 and status not in _OWN_FAULTS:
+                    continue
+                raise self._cause(status, words) from None
+            except BaseException:
+                process.end()
+                raise
+            with self._lock:
+                self._idle.append(process)
+            if isinstance(answer, tuple):
+                return answer
+            if answer.error_class == OUT_OF_MEMORY:
+                raise self._no_memory(answer.message)
+            raise answer
+        raise AssertionError("the second try ends in an answer or an error")
+
+    def close(self) -> None:
+        """End every process. `decode` would start new ones."""
+        with self._lock:
+            server, idle = self._server, self._idle
+            self._server, self._idle = None, []
+        for process in idle:
+            process.close()
+        if server:
+            server.close()
+
+    def _new_server(self) -> _ForkServer:
+        return _ForkServer(self._how, self._limits.memory, self._decoder)
+
+    def _take(self, fresh: bool) -> _Process:
+        with self._lock:
+            if self._idle and not fresh:
+                return self._idle.pop()
+            for _ in range(2):  # a second server where something has killed the first
+                self._server = self._server or self._new_server()
+                try:
+                    return self._server.start()
+                except (EOFError, OSError) as error:
+                    reason = self._server.close() or str(error)
+                    self._server = None
+            raise RunError(f"no process for decoding can be started: {reason}")
+
+    def _cause(self, status: int, words: str) -> ImageError:
+        if status == _NO_MEMORY:
+            return self._no_memory("they do not even hold the encoded bytes")
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        if status == -signal.SIGKILL:
+            how += ", twice, as by the kernel when the machine has no memory left"
+        return ImageError(CRASHED, f"the decoder ended by {how}; {words}".rstrip("; "))
+
+    def _no_memory(self, why: str) -> ImageError:
+        limit = f"--decode_memory {self._limits.memory} bytes do not suffice"
+        return ImageError(OUT_OF_MEMORY, f"{limit}; {why}")
+
+
+_shared: dict[tuple[Preprocessing, Limits, Decoder], tuple[DecodeProcesses, int]] = {}
+_sharing = threading.Lock()
+
+
+@contextlib.contextmanager
+def shared_processes(
+    how: Preprocessing, limits: Limits, decoder: Decoder = decode_image
+) -> Iterator[DecodeProcesses]:
+    """The DecodeProcesses of this process for these arguments; closed when the last user leaves."""
+    key = (how, limits, decoder)
+    with _sharing:
+        processes, users = _shared.get(key) or (DecodeProcesses(*key), 0)
+        _shared[key] = processes, users + 1
+    try:
+        yield processes
+    finally:
+        with _sharing:
+            users = _shared[key][1] - 1
+            if users:
+                _shared[key] = processes, users
+            else:
+                del _shared[key]
+        if not users:
+            processes.close()
+
+
+# ---------------------------------------------------------------- the starter's side
+
+
+class _ForkServer:
+    """The process that forks those that decode, and the line that all their lives hang on."""
+
+    def __init__(self, how: Preprocessing, memory: int, decoder: Decoder):
+        self._size = how.size
+        self._lock = threading.Lock()
+        self._errors, self._words = _errors_file(), ""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        life_line, self._life = os.pipe()
+        order = {
+            # Last where this package is, for an import hook may have found it.
+            "path": [*map(os.path.abspath, sys.path), str(Path(__file__).parents[1])],
+            "control": theirs.fileno(),
+            "life_line": life_line,
+            "module": decoder.__module__,
+            "function": decoder.__qualname__,
+            "how": dataclasses.asdict(how),
+            "memory": memory,
+        }
+        # No credential of the environment; no threads in NumPy, which forks would lack.
+        env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        if "LD_LIBRARY_PATH" in os.environ:
+            env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _START, json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=(theirs.fileno(), life_line),
+            env=env,
+            process_group=0,  # the life line's signal goes to all of it, a terminal's to none
+        )
+        theirs.close()
+        os.close(life_line)
+
+    def start(self) -> _Process:
+        """A new process. Raises EOFError or OSError where this server is gone."""
+        ours, theirs = socket.socketpair()
+        process = _Process(self, ours, _errors_file(), self._size)
+        try:
+            with theirs:
+                process.pid = self._ask(0, [theirs.fileno(), process.errors])
+            if process.pid < 0:
+                reason = os.strerror(-process.pid)
+                raise RunError(f"no process for decoding can be started: {reason}")
+        except BaseException:
+            process.close()
+            raise
+        return process
+
+    def end(self, pid: int) -> int:
+        """Kill the process `pid` where it still runs; its exit status, negative for a signal."""
+        try:
+            return self._ask(pid)
+        except (EOFError, OSError):  # this server is gone, and nobody else may end what it started
+            self.close()
+            return -signal.SIGKILL
+
+    def _ask(self, order: int, files: Sequence[int] = ()) -> int:
+        with self._lock:
+            socket.send_fds(self._control, [_ORDER.pack(order)], files)
+            reply = self._control.recv(_ORDER.size)
+        if not reply:
+            raise EOFError
+        return int(_ORDER.unpack(reply)[0])
+
+    def close(self) -> str:
+        """End it and all that it has forked; what it said last on stderr."""
+        with self._lock:
+            if self._life >= 0:
+                self._control.close()  # it ends and reaps its children
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(5)
+                os.close(self._life)  # ends what is left
+                self._life = -1
+                self._process.wait()
+                self._words = _last_line(self._errors)
+                os.close(self._errors)
+        return self._words
+
+
+class _Process:
+    """A process that decodes, at the other end of a socket; `errors` is the file of its stderr."""
+
+    def __init__(self, server: _ForkServer, connection: socket.socket, errors: int, size: int):
+        self.pid = 0
+        self.errors = errors
+        self._server = server
+        self._connection = connection
+        self._size = size
+
+    def ask(self, data: bytes, seconds: float) -> Pixels | ImageError:
+        """What it makes of `data`. Raises TimeoutError; EOFError or ConnectionError if it died."""
+        self._connection.settimeout(seconds)
+        _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
+        reply = bytearray(_REPLY.size)
+        self._receive(memoryview(reply))
+        length, width, height = _REPLY.unpack(reply)
+        if length:
+            text = bytearray(length)
+            self._receive(memoryview(text))
+            return ImageError(*json.loads(text))
+        pixels = np.empty((self._size, self._size, 3), np.uint8)
+        self._receive(pixels.reshape(-1).data)
+        return pixels, width, height
+
+    def _receive(self, buffer: memoryview) -> None:
+        while buffer:
+            got = self._connection.recv_into(buffer)
+            if not got:
+                raise EOFError
+            buffer = buffer[got:]
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status after killing it where it still runs, and its last words."""
+        status, words = self._server.end(self.pid), _last_line(self.errors)
+        self.close()
+        return status, words
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._connection.close()
+        os.close(self.errors)
+
+
+def _send(connection: socket.socket, head: bytes, body: memoryview) -> None:
+    sent = connection.sendmsg([head, body])  # one message wakes the other side once
+    if sent < len(head) + len(body):
+        connection.sendall(body[sent - len(head) :])
+
+
+def _errors_file() -> int:
+    errors = os.memfd_create("errors")
+    fcntl.fcntl(errors, fcntl.F_SETFL, os.O_APPEND)
+    return errors
+
+
+def _last_line(errors: int) -> str:
+    end = os.pread(errors, 1000, max(0, os.fstat(errors).st_size - 1000))
+    return "".join(end.decode(errors="replace").strip().splitlines()[-1:])
+
+
+# ---------------------------------------------------------------- the processes' side
+
+
+def serve(
+    control: int, life_line: int, module: str, function: str, how: dict[str, Any], memory: int
+) -> None:
+    """Be the fork server: start and end processes as `control` orders, until that is closed.
+
+    `life_line`: a pipe that nobody writes to; when its other end closes, all of this group ends.
+    """
+    # The kernel's own signal, because a decoder that hangs may hold the interpreter's lock.
+    fcntl.fcntl(life_line, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(life_line, fcntl.F_SETFL, os.O_ASYNC)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    decoder = getattr(importlib.import_module(module), function)
+    decode = functools.partial(
+        decoder, how=Preprocessing(**how | {"formats": tuple(how["formats"])})
+    )
+    orders = socket.socket(fileno=control)
+    children: set[int] = set()
+    gc.freeze()  # else the collector would write to every page that is shared
+    while True:
+        order, files, _, _ = socket.recv_fds(orders, _ORDER.size, 2)
+        if not order:
+            break
+        (pid,) = _ORDER.unpack(order)
+        if pid:
+            reply = _end(pid)
+            children.discard(pid)
+        else:
+            reply = _fork(orders, files, decode, memory)
+            children.add(reply)
+        orders.send(_ORDER.pack(reply))
+    for pid in children:
+        _end(pid)
+
+
+def _end(pid: int) -> int:
+    os.kill(pid, signal.SIGKILL)  # one that is dead already keeps the status it died with
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _fork(
+    orders: socket.socket, files: Sequence[int], decode: Callable[[bytes], Pixels], memory: int
+) -> int:
+    """The pid of a new process that answers on the first of `files`; the errno, negative."""
+    connection, errors = files
+    try:
+        pid = os.fork()
+    except OSError as error:
+        pid = -(error.errno or errno.EAGAIN)
+    if pid:
+        os.close(connection)
+        os.close(errors)
+        return pid
+    status = 1
+    try:
+        orders.close()  # else the server's death would not close it
+        os.dup2(errors, 2)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = pages * resource.getpagesize() + memory
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        requests = socket.socket(fileno=connection)
+        while head := requests.recv(_REQUEST.size, socket.MSG_WAITALL):
+            os.ftruncate(2, 0)
+            _answer(requests, _REQUEST.unpack(head)[0], decode)
+        status = 0
+    except MemoryError:
+        status = _NO_MEMORY
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _answer(requests: socket.socket, size: int, decode: Callable[[bytes], Pixels]) -> None:
+    data = requests.recv(size, socket.MSG_WAITALL) if size else b""
+    try:
+        pixels, width, height = decode(data)
+    except ImageError as error:
+        text = json.dumps([_class_of(error), error.message]).encode()
+        _send(requests, _REPLY.pack(len(text), 0, 0), memoryview(text))
+    else:
+        _send(requests, _REPLY.pack(0, width, height), pixels.reshape(-1).data)
+
+
+def _class_of(error: ImageError) -> str:
+    """Its class, or that Python or one of Pillow's decoders had no memory for the picture."""
+    cause = error.__cause__
+    if isinstance(cause, MemoryError) or "out of memory" in str(cause):
+        return OUT_OF_MEMORY
+    return error.error_class

@@ -1,0 +1,84 @@
+"""A decoder that does what a broken one does, for pictures whose bytes end in the word for it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from formats.image import Preprocessing
+from formats.image import decode_image as decode_really
+from formats.records import ImageError
+
+_TAKEN = []
+
+
+def take_memory() -> None:
+    """Takes 4 GiB of it, if it gets them."""
+    _TAKEN.append(np.ones(4 << 30, np.uint8))
+
+
+def hold_the_lock() -> None:
+    """Hangs without ever letting another thread of its interpreter run."""
+    ctypes.PyDLL(None).sleep(600)
+
+
+def speak() -> None:
+    """Aborts with a last word, as the C library's allocator does."""
+    os.write(2, b"noise\ncorrupted double-linked list\n")
+    os.abort()
+
+
+FAULTS = {
+    b"SPEAK": speak,
+    b"ABORT": os.abort,
+    b"SEGFAULT": lambda: ctypes.string_at(0),
+    b"SLEEP": lambda: time.sleep(600),
+    b"HANG": hold_the_lock,
+    b"MEMORY": take_memory,
+    b"EXIT": lambda: os._exit(3),
+    b"KILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    b"BUG": lambda: 1 // 0,
+}
+
+
+def decode_image(data: bytes, how: Preprocessing) -> tuple[np.ndarray, int, int]:
+    """As the true one, but for a fault that `data` asks for at its end."""
+    for word, fault in FAULTS.items():
+        if data.endswith(word):
+            try:
+                fault()
+            except MemoryError as error:  # what the true one does with it
+                raise ImageError("CorruptImage", "MemoryError") from error
+    return decode_really(data, how)
+
+
+def decode_slowly(data: bytes, how: Preprocessing) -> tuple[np.ndarray, int, int]:
+    """As the true one, a second later."""
+    time.sleep(1)
+    return decode_really(data, how)
+
+
+def look_around(data: bytes, how: Preprocessing) -> tuple[np.ndarray, int, int]:
+    """Tells of the process it runs in, as the message of an error."""
+    seen = {
+        "modules": sorted(sys.modules),
+        "threads": len(os.listdir("/proc/self/task")),
+        "environment": sorted(os.environ),
+        "files": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in range(3)),
+    }
+    raise ImageError("Seen", json.dumps(seen))
+
+
+def run_job() -> None:
+    """The job as a process of its own, with this decoder."""
+    from pipeline import extract
+    from transforms import decode
+
+    decode.decode_image = decode_image
+    extract.run_process(extract.main)
