@@ -62,8 +62,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         | "AllFailures" >> beam.Flatten()
         | WriteFailures(*to, plan.metadata, run.compression)
     )
+    timings = (decoded.timings, extracted.timings) | "AllTimings" >> beam.Flatten()
     _ = (
         (features, failures)
         | "AllFiles" >> beam.Flatten()
-        | Publish(run, read.skipped, plan.started)
+        | Publish(run, read.skipped, timings, plan.started)
     )

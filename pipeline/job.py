@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from formats import dataset
+from formats.timing import advice
 from pipeline import preflight
 from pipeline.options import Options
 from storage import files
@@ -43,6 +44,8 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         verdict = dataset.read_verdict(plan.publication.output, run_id)
         if verdict is None:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
+        if verdict["status"] == COMPLETE:
+            _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
         files.NewFile.abandon_all()  # a runner need not tear down the bundle that failed
@@ -51,6 +54,14 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     finally:
         if plan.finished:
             files.delete([plan.finished])
+
+
+def _advise(output: str) -> None:
+    """Log where the time went and what would mend it."""
+    manifest = dataset.read_manifest(output)
+    line = advice(manifest["timing"]) if manifest else None
+    if line:
+        log.info("%s", line)
 
 
 def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 
+import apache_beam as beam
 import numpy as np
 import pictures
 import pytest
+from apache_beam.metrics import MetricsFilter
 from beams import pipe
 
-from formats.image import Preprocessing
+from formats.image import Preprocessing, decode_image
 from formats.records import DecodedImage, Failure, ImageRecord, ImageRef
+from formats.timing import Timing
+from pipeline.preflight import DIRECT_RUNNER
 from transforms import decode
 from transforms.decode import DecodeImages, decode_record
 
@@ -93,3 +98,47 @@ def test_an_error_of_the_decoder_itself_is_not_swallowed(monkeypatch):
     monkeypatch.setattr(decode, "decode_image", broken)
     with pytest.raises(Exception, match="a bug"):
         run([record("k", b"x")])
+
+
+# ---------------------------------------------------------------- what it took
+
+
+def counters(result):
+    found = result.metrics().query(MetricsFilter().with_namespace("DecodeImages"))["counters"]
+    return {counter.key.metric.name: counter.result for counter in found}
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 700])
+def test_every_image_is_timed_once_refused_ones_too(count):
+    data = pictures.jpeg(24, 24)
+    records = [record(str(n), b"bad" if n % 7 == 0 else data) for n in range(count)]
+    out = pipe(records, DecodeImages(HOW))
+    timing = Timing.total(out.timings)
+    assert sum(timing.decoded.values()) == timing.images == count
+    assert timing.bytes == sum(len(one.data) for one in records)
+    assert timing.batches == 0
+    assert timing.carry >= timing.read + timing.wait >= 0
+
+
+def test_beams_counters_tell_the_same():
+    with beam.Pipeline(DIRECT_RUNNER) as pipeline:
+        data = pictures.jpeg(24, 24)
+        records = [record(str(n), data) for n in range(300)]
+        _ = pipeline | beam.Create(records) | DecodeImages(HOW)
+    told = counters(pipeline.result)
+    assert told["images"] == 300
+    assert told["bytes"] == 300 * len(data)
+    assert sum(n for name, n in told.items() if name.startswith("decode_ms_up_to_")) == 300
+    assert {"decode_ms", "wait_ms", "read_ms"} <= set(told)
+
+
+def test_waiting_for_a_picture_is_told(monkeypatch):
+    def slowly(data, how):
+        time.sleep(0.2)
+        return decode_image(data, how)
+
+    monkeypatch.setattr(decode, "decode_image", slowly)
+    out = pipe([record("k", pictures.jpeg(24, 24))], DecodeImages(HOW))
+    timing = Timing.total(out.timings)
+    assert timing.decode >= 0.2
+    assert timing.wait >= 0.1  # from when it was asked for

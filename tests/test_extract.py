@@ -143,6 +143,34 @@ def test_manifest_has_the_fields_of_the_contract(tmp_path, job):
     assert {"features", "failures", "images"} == set(manifest["counts"])
 
 
+def test_the_manifest_tells_where_the_time_went_and_stderr_what_would_mend_it(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", {**different(5), "bad.jpg": b"bad"})
+    ran = job(
+        folder, batch_size=2, inference_threads=1, max_failure_rate=1.0, max_image_bytes="4KiB"
+    )
+    timing = ran.manifest["timing"]
+    assert timing["images"] == 6
+    assert timing["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert sum(timing["decode_ms"]["up_to"].values()) == 6
+    assert 0 < timing["decode_ms"]["p50"] <= timing["decode_ms"]["p95"]
+    assert (timing["batches"], timing["batch_fill"]) == (3, round(5 / 6, 4))
+    assert timing["inference_ms"] > 0
+    assert min(timing["read_ms"], timing["wait_ms"], timing["carry_ms"]) >= 0
+    assert ran.stderr.count("the model ran") == 1
+    assert "too short a run for advice" in ran.stderr
+
+
+def test_what_was_not_read_is_not_timed(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", {**different(2), "large.jpg": bytes(9999)})
+    ran = job(folder, max_failure_rate=1.0, max_image_bytes=9000)
+    assert ran.manifest["failures_by"] == {"read/TooManyBytes": 1}
+    assert ran.manifest["timing"]["images"] == 2
+    empty = job(tmp_path / "none" / "*", allow_empty=True, output=tmp_path / "empty")
+    assert empty.code == 0, empty.stderr
+    assert empty.manifest["timing"]["images"] == 0
+    assert "the model ran" not in empty.stderr
+
+
 def test_an_embedding_is_what_the_exported_network_says(tmp_path, job):
     import tensorflow as tf
 

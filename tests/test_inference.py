@@ -12,6 +12,7 @@ from apache_beam.ml.inference.base import ModelHandler
 from beams import pipe
 
 from formats.records import DecodedImage, Failure, Features, ImageRef
+from formats.timing import Timing
 from models.loading import LoadSpec, OutOfMemory
 from storage.errors import RunError
 from transforms.inference import ExtractFeatures, FrozenModelHandler, infer_batch, run_padded
@@ -249,6 +250,17 @@ def test_the_transform_parts_features_from_failures():
         (POISON, "ValueError"),
         (NAN, "NotFinite"),
     ]
+
+
+@pytest.mark.parametrize(("count", "batches", "slots"), [(4, 1, 4), (9, 3, 12), (1, 1, 4)])
+def test_batches_and_what_fills_them_are_told(count, batches, slots):
+    out = pipe(
+        [image(v % 6 + 1) for v in range(count)], ExtractFeatures(FakeHandler(LoadSpec("/m"), 4))
+    )
+    timing = Timing.total(out.timings)
+    assert (timing.batches, timing.filled, timing.slots) == (batches, count, slots)
+    assert timing.inference > 0
+    assert timing.images == 0
 
 
 def test_a_broken_model_fails_the_run_with_its_reason():

@@ -16,6 +16,7 @@ from beams import pipe
 from formats.dataset import PartFile, Publication
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
+from formats.timing import Timing
 from pipeline.preflight import DIRECT_RUNNER
 from storage.files import NewFile
 from transforms import sink
@@ -148,8 +149,9 @@ def run_to_the_commit(output, rows, failed, skipped=(), **changes):
     with beam.Pipeline(DIRECT_RUNNER) as p:
         written = p | "Rows" >> beam.Create(rows) | WriteFeatures(str(output), "r", SPEC)
         lost = p | "Failed" >> beam.Create(failed) | WriteFailures(str(output), "r", {})
+        timings = p | "Timings" >> beam.Create([Timing(images=2), Timing(images=3, batches=1)])
         counts = p | "Skipped" >> beam.Create(list(skipped))
-        _ = (written, lost) | beam.Flatten() | Publish(run, counts, started=0.0)
+        _ = (written, lost) | beam.Flatten() | Publish(run, counts, timings, started=0.0)
 
 
 def test_the_commit_names_every_file(tmp_path):
@@ -158,6 +160,7 @@ def test_the_commit_names_every_file(tmp_path):
     assert manifest["counts"] == {"images": 4, "features": 3, "failures": 1}
     assert manifest["run"] == {"images": 9, "features": 3, "failures": 1, "skipped": 5}
     assert manifest["timing"]["started"] == 0.0
+    assert (manifest["timing"]["images"], manifest["timing"]["batches"]) == (5, 1)
     assert {entry["path"] for entry in manifest["files"]} == {
         str(path.relative_to(tmp_path)) for path in tmp_path.glob("f*/part-*.parquet")
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import apache_beam as beam
 from apache_beam.transforms.window import GlobalWindow
@@ -14,9 +15,14 @@ from apache_beam.utils.windowed_value import WindowedValue
 from formats.image import Preprocessing, decode_image
 from formats.isolation import DecodeProcesses, Limits, shared_processes
 from formats.records import DecodedImage, Failure, ImageError, ImageRecord, digest
+from formats.timing import Timing
 from transforms.lookahead import Lookahead, cpu_threads
-from transforms.metrics import inc_counter
+from transforms.metrics import count_decoding, inc_counter
 
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+_TOLD = 256  # images to a Timing
 _AHEAD = 128  # images: what the threads decode while the model runs on a batch or two
 
 
@@ -54,34 +60,70 @@ class _Decode(beam.DoFn):
         self._open.close()
 
     def start_bundle(self) -> None:
-        self._ahead: Lookahead[ImageRecord, DecodedImage | Failure] = Lookahead(
-            functools.partial(decode_record, how=self._how, processes=self._processes),
+        decode = functools.partial(decode_record, how=self._how, processes=self._processes)
+        self._ahead: Lookahead[ImageRecord, tuple[DecodedImage | Failure, float]] = Lookahead(
+            functools.partial(_timed, decode),
             cpu_threads(),
             _AHEAD,
             weigh=lambda record: len(record.data),
         )
+        self._begin(time.perf_counter())
+        self._left = self._begun
+
+    def _begin(self, now: float) -> None:
+        self._begun = now
+        self._seconds: list[float] = []  # of each image
+        self._bytes = 0
+        self._read = self._ahead.waited = 0.0
 
     def process(self, record: ImageRecord) -> Iterator[Any]:
+        self._read += time.perf_counter() - self._left  # what went before is the reader's
         for item in self._ahead.push(record):
-            if isinstance(item, Failure):
-                inc_counter("DecodeImages", "failures")
-                yield beam.pvalue.TaggedOutput("failures", item)
-            else:
-                yield item
+            yield self._part(item)
+        self._left = time.perf_counter()
+        if len(self._seconds) >= _TOLD:
+            yield beam.pvalue.TaggedOutput("timings", self._timing())
 
     def finish_bundle(self) -> Iterator[Any]:
+        self._read += time.perf_counter() - self._left
         window = GlobalWindow()
         for item in self._ahead.drain():
-            value = WindowedValue(item, window.max_timestamp(), (window,))
-            if isinstance(item, Failure):
-                inc_counter("DecodeImages", "failures")
-                yield beam.pvalue.TaggedOutput("failures", value)
-            else:
-                yield value
+            yield self._part(item, lambda v: WindowedValue(v, window.max_timestamp(), (window,)))
+        timing = WindowedValue(self._timing(), window.max_timestamp(), (window,))
+        yield beam.pvalue.TaggedOutput("timings", timing)
+
+    def _part(
+        self, timed: tuple[DecodedImage | Failure, float], wrap: Callable[[Any], Any] = lambda v: v
+    ) -> Any:
+        item, seconds = timed
+        self._seconds.append(seconds)
+        self._bytes += item.bytes or 0
+        if isinstance(item, Failure):
+            inc_counter("DecodeImages", "failures")
+            return beam.pvalue.TaggedOutput("failures", wrap(item))
+        return wrap(item)
+
+    def _timing(self) -> Timing:
+        """That of what came since the last, counted."""
+        now = time.perf_counter()
+        timing = Timing.of_decoding(
+            self._seconds, self._bytes, self._read, self._ahead.waited, now - self._begun
+        )
+        self._begin(now)
+        count_decoding(timing)
+        return timing
+
+
+def _timed(decode: Callable[[In], Out], item: In) -> tuple[Out, float]:
+    """What `decode` makes of `item`, and the seconds it took."""
+    start = time.perf_counter()
+    return decode(item), time.perf_counter() - start
 
 
 class DecodeImages(beam.PTransform):
-    """ImageRecord -> `images` (DecodedImage) and `failures` (Failure), on one thread a core.
+    """ImageRecord -> `images` (DecodedImage), `failures` (Failure) and `timings` (Timing).
+
+    One thread a core decodes.
 
     Decoding runs ahead of the model within a bundle. For batch pipelines: all in one window.
     With `limits` it happens in processes of its own, else in this one.
@@ -93,7 +135,7 @@ class DecodeImages(beam.PTransform):
         self._limits = limits
 
     def expand(self, records: beam.PCollection[ImageRecord]) -> Any:
-        """A PCollection of ImageRecord -> the two outputs."""
+        """A PCollection of ImageRecord -> the outputs."""
         return records | beam.ParDo(_Decode(self._how, self._limits)).with_outputs(
-            "failures", main="images"
+            "failures", "timings", main="images"
         )

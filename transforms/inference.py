@@ -6,6 +6,7 @@ Beam's TFModelHandler calls Keras 3's load_model, which refuses every SavedModel
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from formats.records import DecodedImage, Failure, Features, ImageError
+from formats.timing import Timing
 from models.loading import LoadedModel, LoadSpec, OutOfMemory, load
 from storage.errors import RunError
 from transforms.lookahead import model_threads
-from transforms.metrics import inc_counter
+from transforms.metrics import count_inference, inc_counter
 
 Vectors = Mapping[str, np.ndarray]
 
@@ -129,7 +131,7 @@ def _probe(model: LoadedModel, size: int, image: DecodedImage, largest: float) -
         )
 
 
-class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedModel]):
+class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing, LoadedModel]):
     """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
     `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread.
@@ -152,8 +154,9 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedMo
         batch: Sequence[DecodedImage],
         model: LoadedModel,
         inference_args: dict[str, Any] | None = None,
-    ) -> list[Features | Failure]:
-        """One result an image, in order. See `infer_batch`."""
+    ) -> list[Features | Failure | Timing]:
+        """One result an image, in order (see `infer_batch`), and then the Timing of them all."""
+        start = time.perf_counter()
         size = self._batch_size
         parts = [batch[at : at + size] for at in range(0, len(batch), size)]
         infer = functools.partial(infer_batch, model=model, batch_size=size, largest=self._largest)
@@ -162,7 +165,14 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedMo
         if allowed < size:
             inc_counter("ExtractFeatures", "batch_halvings")
             self._batch_size = allowed
-        return [result for results, _ in done for result in results]
+        timing = Timing(
+            batches=len(parts),
+            filled=len(batch),
+            slots=len(parts) * size,
+            inference=time.perf_counter() - start,
+        )
+        count_inference(timing)
+        return [*(result for results, _ in done for result in results), timing]
 
     def get_num_bytes(self, batch: Sequence[DecodedImage]) -> int:
         """Bytes of pixels. Beam's default pickles the whole batch to learn it."""
@@ -173,8 +183,10 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure, LoadedMo
         return "ExtractFeatures"
 
 
-def _part(result: Features | Failure) -> Iterator[Any]:
-    if isinstance(result, Failure):
+def _part(result: Features | Failure | Timing) -> Iterator[Any]:
+    if isinstance(result, Timing):
+        yield beam.pvalue.TaggedOutput("timings", result)
+    elif isinstance(result, Failure):
         inc_counter("ExtractFeatures", "failures")
         yield beam.pvalue.TaggedOutput("failures", result)
     else:
@@ -182,7 +194,7 @@ def _part(result: Features | Failure) -> Iterator[Any]:
 
 
 class ExtractFeatures(beam.PTransform):
-    """DecodedImage -> `features` (Features) and `failures` (Failure).
+    """DecodedImage -> `features` (Features), `failures` (Failure) and `timings` (Timing).
 
     `handler` is a FrozenModelHandler; anything that loads otherwise is for tests.
     """
@@ -192,9 +204,9 @@ class ExtractFeatures(beam.PTransform):
         self._handler = handler
 
     def expand(self, images: beam.PCollection[DecodedImage]) -> Any:
-        """A PCollection of DecodedImage -> the two outputs."""
+        """A PCollection of DecodedImage -> the outputs."""
         return (
             images
             | "RunInference" >> RunInference(self._handler)
-            | "Part" >> beam.FlatMap(_part).with_outputs("failures", main="features")
+            | "Part" >> beam.FlatMap(_part).with_outputs("failures", "timings", main="features")
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,7 @@ class Lookahead(Generic[In, Out]):
         self._max_bytes = max_bytes
         self._pending: deque[tuple[int, Future[Out]]] = deque()
         self._bytes = 0
+        self.waited = 0.0  # seconds, for results that were due and not there
 
     def push(self, item: In) -> Iterator[Out]:
         """Start on `item`; yields the oldest results, as many as must make room."""
@@ -72,7 +74,11 @@ class Lookahead(Generic[In, Out]):
     def _oldest(self) -> Out:
         weight, future = self._pending.popleft()
         self._bytes -= weight
-        return future.result()
+        start = time.perf_counter()
+        try:
+            return future.result()
+        finally:
+            self.waited += time.perf_counter() - start
 
 
 def map_ahead(

@@ -15,6 +15,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from formats import dataset, table
 from formats.dataset import PartFile, PartWriter, Publication
 from formats.records import Failure, Features
+from formats.timing import Timing
 from transforms.metrics import inc_counter
 
 _ROW_GROUP_BYTES = 8 << 20  # held in memory; readers fetch whole groups
@@ -154,11 +155,16 @@ class WriteFailures(beam.PTransform):
 
 
 def _publish(
-    run: Publication, parts: Iterable[PartFile], skipped: Iterable[int], started: float
+    run: Publication,
+    parts: Iterable[PartFile],
+    skipped: Iterable[int],
+    timings: Iterable[Timing],
+    started: float,
 ) -> dict[str, Any]:
-    def timing() -> dict[str, float]:
+    def timing() -> dict[str, Any]:
         now = time.time()
-        return {"started": started, "finished": now, "seconds": round(now - started, 3)}
+        times = {"started": started, "finished": now, "seconds": round(now - started, 3)}
+        return {**times, **Timing.total(timings).described()}
 
     return dataset.publish(run, parts, sum(skipped), timing)
 
@@ -166,13 +172,21 @@ def _publish(
 class Publish(beam.PTransform):
     """The graph's last step: all files of a run -> the verdict, once. See `dataset.publish`.
 
-    `skipped` holds counts of images that were there already; `started` is seconds since the epoch.
+    `skipped` holds counts of images that were there already, `timings` what the steps took;
+    `started` is seconds since the epoch.
     """
 
-    def __init__(self, run: Publication, skipped: beam.PCollection[int], started: float):
+    def __init__(
+        self,
+        run: Publication,
+        skipped: beam.PCollection[int],
+        timings: beam.PCollection[Timing],
+        started: float,
+    ):
         super().__init__()
         self._run = run
         self._skipped = skipped
+        self._timings = timings
         self._started = started
 
     def expand(self, parts: beam.PCollection[PartFile]) -> beam.PCollection[dict[str, Any]]:
@@ -184,6 +198,9 @@ class Publish(beam.PTransform):
                 _publish,
                 beam.pvalue.AsIter(parts),
                 beam.pvalue.AsIter(self._skipped),
+                beam.pvalue.AsIter(
+                    self._timings | "AddTimings" >> beam.CombineGlobally(Timing.total)
+                ),
                 self._started,
             )
         )
