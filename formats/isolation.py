@@ -155,9 +155,15 @@ _sharing = threading.Lock()
 
 @contextlib.contextmanager
 def shared_processes(
-    how: Preprocessing, limits: Limits, decoder: Decoder = decode_image
-) -> Iterator[DecodeProcesses]:
-    """The DecodeProcesses of this process for these arguments; closed when the last user leaves."""
+    how: Preprocessing, limits: Limits | None, decoder: Decoder = decode_image
+) -> Iterator[DecodeProcesses | None]:
+    """The DecodeProcesses of this process for these arguments; closed when the last user leaves.
+
+    None without `limits`: whoever asks decodes by itself.
+    """
+    if limits is None:
+        yield None
+        return
     key = (how, limits, decoder)
     with _sharing:
         processes, users = _shared.get(key) or (DecodeProcesses(*key), 0)
@@ -382,7 +388,7 @@ def _fork(
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         most = pages * resource.getpagesize() + memory
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        most = min(most, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         requests = socket.socket(fileno=connection)
         while head := requests.recv(_REQUEST.size, socket.MSG_WAITALL):

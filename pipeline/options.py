@@ -310,8 +310,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} {value}: must be at least 1")
-        if not self.decode_seconds > 0:
-            raise RequestError(f"--decode_seconds {self.decode_seconds:g}: must be more than 0")
+        if not 0 < self.decode_seconds <= 86400:
+            raise RequestError(
+                f"--decode_seconds {self.decode_seconds:g}: more than 0, at most a day (86400)"
+            )
         if not 0 <= self.max_failure_rate <= 1:
             raise RequestError(f"--max_failure_rate {self.max_failure_rate}: a share from 0 to 1")
         if self.top_k < 0:

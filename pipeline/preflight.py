@@ -15,7 +15,7 @@ import pyarrow as pa
 from formats import dataset, example, inputs
 from formats.dataset import Publication
 from formats.image import Preprocessing
-from formats.isolation import Limits
+from formats.isolation import Limits, shared_processes
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text
 from models import handles
@@ -185,8 +185,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
 def _isolation(options: Options) -> Limits | None:
     if options.decode_isolation == "none":
         return None
-    memory = options.decode_memory or _BYTES_PER_PIXEL * options.max_image_pixels
-    return Limits(options.decode_seconds, max(memory, _LEAST_MEMORY))
+    largest = max(_BYTES_PER_PIXEL * options.max_image_pixels, _LEAST_MEMORY)
+    return Limits(options.decode_seconds, options.decode_memory or largest)
 
 
 def runner_of(name: str | None) -> str:
@@ -283,19 +283,22 @@ def try_one_image(plan: Plan) -> None:
     from transforms.sources import READERS
 
     reasons = []
-    for unit in inputs.list_units(plan.sources, _TRIES, plan.reading.keys):
-        for read in READERS[unit.format](unit, plan.reading):
-            image = (
-                decode_record(read, plan.preprocessing) if isinstance(read, ImageRecord) else read
-            )
-            result = (
-                infer_batch([image], load(plan.model), plan.batch_size)[0][0]
-                if isinstance(image, DecodedImage)
-                else image
-            )
-            if isinstance(result, Features):
-                log.info("dry run: %s went through", result.ref.key)
-                return
-            reasons.append(f"{result.key}: {result.message}")
+    with shared_processes(plan.preprocessing, plan.isolation) as processes:
+        for unit in inputs.list_units(plan.sources, _TRIES, plan.reading.keys):
+            for read in READERS[unit.format](unit, plan.reading):
+                image = (
+                    decode_record(read, plan.preprocessing, processes)
+                    if isinstance(read, ImageRecord)
+                    else read
+                )
+                result = (
+                    infer_batch([image], load(plan.model), plan.batch_size)[0][0]
+                    if isinstance(image, DecodedImage)
+                    else image
+                )
+                if isinstance(result, Features):
+                    log.info("dry run: %s went through", result.ref.key)
+                    return
+                reasons.append(f"{result.key}: {result.message}")
     if reasons:
         raise RequestError(f"--input: none of the first images can be used; {reasons[0]}")

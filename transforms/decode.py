@@ -50,11 +50,8 @@ class _Decode(beam.DoFn):
 
     def setup(self) -> None:
         self._open = contextlib.ExitStack()
-        self._processes = (
-            self._open.enter_context(shared_processes(self._how, self._limits, decode_image))
-            if self._limits
-            else None
-        )
+        shared = shared_processes(self._how, self._limits, decode_image)
+        self._processes = self._open.enter_context(shared)
 
     def teardown(self) -> None:
         self._open.close()
