@@ -75,7 +75,7 @@ class DecodeProcesses:
         self._limits = limits
         self._decoder = decoder
         self._lock = threading.Lock()
-        # At once: it imports while its starter still loads the model.
+        # At once, so that it imports while the first pictures are read.
         self._server: _ForkServer | None = self._new_server()
         self._idle: list[_Process] = []
 

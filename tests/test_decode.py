@@ -129,7 +129,11 @@ def test_beams_counters_tell_the_same():
     assert told["images"] == 300
     assert told["bytes"] == 300 * len(data)
     assert sum(n for name, n in told.items() if name.startswith("decode_ms_up_to_")) == 300
-    assert {"decode_ms", "wait_ms", "read_ms"} <= set(told)
+    assert {"wait_ms", "read_ms"} <= set(told)
+    (decoding,) = pipeline.result.metrics().query(MetricsFilter().with_name("decode_ms"))[
+        "distributions"
+    ]
+    assert decoding.result.count == 300
 
 
 def test_waiting_for_a_picture_is_told(monkeypatch):

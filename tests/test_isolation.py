@@ -61,11 +61,19 @@ def group(processes) -> int:
 
 def running(process_group: int) -> list[int]:
     """The processes of a group that still run; one that is dead and not yet reaped does not."""
-    told = subprocess.run(
-        ["ps", "-e", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
-    )
-    rows = [line.split() for line in told.stdout.splitlines()]
-    return [int(pid) for pid, of, state in rows if int(of) == process_group and state[0] != "Z"]
+    return [pid for pid, (state, _, of) in states().items() if of == process_group and state != "Z"]
+
+
+def states() -> dict[int, tuple[str, int, int]]:
+    """State, parent and group of every process, by its id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, of, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended in the meantime
+            continue
+        found[int(path.parent.name)] = state, int(parent), int(of)
+    return found
 
 
 def soon(condition, seconds=60) -> bool:
@@ -294,12 +302,8 @@ def begun(argv: list[str]) -> tuple[subprocess.Popen, int]:
     )
 
     def decoding():
-        told = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-        )
-        rows = [line.split() for line in told.stdout.splitlines() if "formats.isolation" in line]
-        groups = [int(row[0]) for row in rows if len(running(int(row[0]))) > 1]
-        return groups[0] if groups else None
+        children = [pid for pid, (_, parent, _) in states().items() if parent == process.pid]
+        return next((pid for pid in children if len(running(pid)) > 1), None)
 
     assert soon(lambda: decoding() or process.poll() is not None, 120)
     server = decoding()

@@ -47,9 +47,9 @@ class _Decode(beam.DoFn):
     def __init__(self, how: Preprocessing, limits: Limits | None):
         self._how = how
         self._limits = limits
+        self._open = contextlib.ExitStack()
 
     def setup(self) -> None:
-        self._open = contextlib.ExitStack()
         shared = shared_processes(self._how, self._limits, decode_image)
         self._processes = self._open.enter_context(shared)
 
@@ -106,8 +106,8 @@ class _Decode(beam.DoFn):
         timing = Timing.of_decoding(
             self._seconds, self._bytes, self._read, self._ahead.waited, now - self._begun
         )
+        count_decoding(timing, self._seconds)
         self._begin(now)
-        count_decoding(timing)
         return timing
 
 

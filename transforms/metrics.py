@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import apache_beam as beam
 
@@ -19,16 +20,22 @@ def inc_counter(transform: str, name: str, by: int = 1) -> None:
     _counter(transform, name).inc(by)
 
 
-def count_decoding(timing: Timing) -> None:
-    """Add what decoding some images took to the counters of DecodeImages.
+@functools.cache
+def _distribution(transform: str, name: str) -> beam.metrics.metric.Metrics.DelegatingDistribution:
+    return beam.metrics.Metrics.distribution(transform, name)
 
-    `decode_ms_up_to_N` for each power of two is a histogram, because Beam's distributions know no
-    quantiles.
+
+def count_decoding(timing: Timing, seconds: Sequence[float]) -> None:
+    """Add what decoding some images took, `seconds` each, to the metrics of DecodeImages.
+
+    The counters `decode_ms_up_to_N` for each power of two are a histogram, because Beam's
+    distributions (`decode_ms` is one) know no quantiles.
     """
+    for each in seconds:
+        _distribution("DecodeImages", "decode_ms").update(round(1000 * each))
     counts = {
         "images": timing.images,
         "bytes": timing.bytes,
-        "decode_ms": round(1000 * timing.decode),
         "read_ms": round(1000 * timing.read),
         "wait_ms": round(1000 * timing.wait),
         **{f"decode_ms_up_to_{ms}": count for ms, count in timing.up_to().items()},
@@ -38,12 +45,12 @@ def count_decoding(timing: Timing) -> None:
 
 
 def count_inference(timing: Timing) -> None:
-    """Add what some batches took to the counters of ExtractFeatures."""
+    """Add what some batches that ran at once took to the metrics of ExtractFeatures."""
+    _distribution("ExtractFeatures", "inference_ms").update(round(1000 * timing.inference))
     counts = {
         "batches": timing.batches,
         "batch_filled": timing.filled,
         "batch_slots": timing.slots,
-        "inference_ms": round(1000 * timing.inference),
     }
     for name, count in counts.items():
         inc_counter("ExtractFeatures", name, count)
