@@ -145,7 +145,7 @@ def _scratch() -> Iterator[Path]:
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=cache))
+        scratch = Path(files.NewFile.track(tempfile.mkdtemp(prefix=".tmp-", dir=cache)))
     except OSError as error:
         raise RequestError(
             f"--model: cannot be kept in {cache} ({error}); set IMAGE_FEATURES_CACHE to a folder "
@@ -159,6 +159,7 @@ def _scratch() -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        files.NewFile.forget(str(scratch))
 
 
 def _cached(identity: str, address: str, sha256: str | None) -> str:

@@ -13,10 +13,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from pipeline import options as flags
-from storage.errors import RequestError
+from storage.errors import RequestError, RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_process(command: Callable[[], int]) -> NoReturn:
     """Run `command` as this process: logs to stderr, signals answered, its result the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _interrupted)
@@ -46,13 +46,30 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     os._exit(code)  # TensorFlow's and Beam's threads need not be waited for
 
 
+def log_handler(stream: TextIO | None = None) -> logging.Handler:
+    """What writes logs to `stream` (None: stderr), a failure once and in one line."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_is_news)
+    return handler
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for Beam's traceback of an error that the job tells itself, and for a wrong warning."""
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("apache_beam.") and isinstance(error, OSError | RunError):
+        return False
+    return not record.getMessage().startswith("Resource module is not available")
+
+
 def _interrupted(number: int, frame: FrameType | None) -> None:
     """End the process for a signal: 128 + its number, without a commit or temporary files."""
-    from storage.files import NewFile
-
-    NewFile.abandon_all()
-    sys.stderr.write(f"interrupted by {signal.Signals(number).name}; nothing was published\n")
-    sys.stderr.flush()
+    # An import here could wait for, or find half done, the one that the signal broke into.
+    files = sys.modules.get("storage.files")
+    if files is not None and hasattr(files, "NewFile"):
+        files.NewFile.abandon_all(for_good=True)
+    name = signal.Signals(number).name
+    os.write(2, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
     os._exit(128 + number)  # threads of the runner would hold a gentler exit back
 
 

@@ -75,6 +75,7 @@ def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:
     standard = beam_options.view_as(StandardOptions)
     standard.runner = preflight.runner_of(standard.runner)
     with beam.Pipeline(options=beam_options) as pipeline:
+        files.NewFile.track(pipeline.local_tempdir)  # an interrupted run takes it along
         graph.build(pipeline, plan)
 
 

@@ -142,6 +142,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     if resumed.kept and not options.dry_run:
         finished = files.join(output, f"_run-{run_id}.finished")
         Finished.write(finished, resumed.finished, resumed.again)
+        if not files.is_remote(finished):
+            files.NewFile.track(finished)  # an interrupted run takes it along
     return Plan(
         tuple(sources),
         Reading(

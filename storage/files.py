@@ -9,7 +9,9 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +205,7 @@ class NewFile:
     """
 
     _open: set[str] = set()  # temporaries of this process, for `abandon_all`
+    _making = threading.RLock()  # held while one is made
 
     def __init__(self, path: str):
         self.path = path
@@ -216,8 +219,9 @@ class NewFile:
             folder, name = os.path.split(path)
             os.makedirs(folder, exist_ok=True)
             self._temporary = os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{name}")
-            self._handle = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or abort
-            NewFile._open.add(self._temporary)
+            with NewFile._making:
+                NewFile._open.add(self._temporary)
+                self._handle = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or abort
 
     @property
     def sha256(self) -> str:
@@ -279,10 +283,30 @@ class NewFile:
             NewFile._open.discard(self._temporary)
 
     @classmethod
-    def abandon_all(cls) -> None:
-        """Remove the temporaries of every unfinished local file of this process."""
+    def abandon_all(cls, for_good: bool = False) -> None:
+        """Remove the temporaries of every unfinished local file of this process.
+
+        With `for_good` no thread can make a further one: the process is about to end.
+        """
+        cls._making.acquire(timeout=5)  # a disk that hangs must not hold the end back
         for temporary in list(cls._open):
-            Path(temporary).unlink(missing_ok=True)
+            if os.path.isdir(temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                Path(temporary).unlink(missing_ok=True)
+        if not for_good:
+            cls._making.release()
+
+    @classmethod
+    def track(cls, path: str) -> str:
+        """`path`, a local file or folder that `abandon_all` is to remove too."""
+        cls._open.add(path)
+        return path
+
+    @classmethod
+    def forget(cls, path: str) -> None:
+        """Take back `track`: what lay there is gone, or stays."""
+        cls._open.discard(path)
 
 
 def write_bytes(path: str, data: bytes) -> None:
