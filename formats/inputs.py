@@ -265,9 +265,10 @@ class _Listed:
         known apart from it.
         """
         for entry in entries:
-            if not entry.wrong and entry.path in self._paths:
+            path = listing.shown(entry.path)
+            if not entry.wrong and path in self._paths:
                 entry = dataclasses.replace(entry, index=self._rows)
-            self._paths.add(entry.path)
+            self._paths.add(path)
             self._rows += 1
             yield entry
 

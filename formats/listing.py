@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from formats import fields
 from formats.example import ExampleKeys, ExampleTypes
 from formats.table import utf8
+from storage.secrets import hide_in_url
 
 URI = "uri"
 CSV_ENDINGS, JSON_ENDINGS = (".csv",), (".jsonl", ".ndjson")
@@ -92,7 +93,8 @@ def _can_be_path(uri: str) -> bool:
 
 
 def shown(path: str) -> str:
-    """`path` as text that any file can hold."""
+    """`path` as text that any file can hold, without the credentials of an http(s) address."""
+    path = hide_in_url(path)
     try:
         return utf8(path) or ""
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell

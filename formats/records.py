@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from storage.secrets import hide
+
 MESSAGE_LIMIT = 500  # characters; the contract's bound on a failure's message
 
 
@@ -111,8 +113,8 @@ class Failure:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks, under `MESSAGE_LIMIT` characters."""
-    flat = " ".join(text.split())
+    """`text` without line breaks and credentials, under `MESSAGE_LIMIT` characters."""
+    flat = " ".join(hide(text).split())
     return flat if len(flat) < MESSAGE_LIMIT else flat[: MESSAGE_LIMIT - 4] + "..."
 
 

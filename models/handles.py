@@ -23,7 +23,7 @@ from pathlib import Path
 
 from models.archives import ArchiveError, unpack
 from models.catalog import HUB_MODELS, NETWORKS
-from storage import files
+from storage import files, secrets
 from storage.errors import RequestError
 
 SAVED_MODEL, HUB_V1, PREPARED = "saved_model", "hub_v1", "prepared"
@@ -275,8 +275,7 @@ def _fetch(address: str, target: Path) -> str:
 
 
 def _download(address: str, target: Path) -> str:
-    request = urllib.request.Request(address, headers={"User-Agent": "image-features"})
-    with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+    with urllib.request.urlopen(secrets.request(address), timeout=_STALL_SECONDS) as response:
         announced = response.length
         digest = _copy(response.read1, target, _SLOWEST)
     if announced is not None and target.stat().st_size != announced:

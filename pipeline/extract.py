@@ -17,6 +17,7 @@ from typing import NoReturn, TextIO
 
 from pipeline import options as flags
 from storage.errors import RequestError, RunError
+from storage.secrets import hide
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return job.tell(job.run(options, beam_args))
     except RequestError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
         return 2
 
 
@@ -49,9 +50,16 @@ def run_process(command: Callable[[], int]) -> NoReturn:
 def log_handler(stream: TextIO | None = None) -> logging.Handler:
     """What writes logs to `stream` (None: stderr), a failure once and in one line."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Discreet("%(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_is_news)
     return handler
+
+
+class _Discreet(logging.Formatter):
+    """Logs without credentials, whoever wrote them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from formats.dataset import Publication
 from formats.image import Preprocessing
@@ -13,6 +15,7 @@ from formats.inputs import Source
 from formats.isolation import Limits
 from formats.table import TableSpec
 from models.loading import LoadSpec
+from storage.secrets import is_secret
 from transforms.decode import DecodeImages
 from transforms.inference import ExtractFeatures, FrozenModelHandler
 from transforms.sink import Publish, WriteFailures, WriteFeatures
@@ -39,6 +42,14 @@ class Plan:
     metadata: Mapping[str, str]
     publication: Publication
     started: float
+
+
+class JobOptions(PipelineOptions):
+    """Beam's options, whose display data, which engines show to everybody, holds no credential."""
+
+    def display_data(self) -> dict[str, Any]:
+        """What is shown of them."""
+        return {name: v for name, v in super().display_data().items() if not is_secret(name)}
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:

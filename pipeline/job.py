@@ -18,6 +18,7 @@ from pipeline import preflight
 from pipeline.options import Options
 from storage import files
 from storage.errors import RequestError, RunError
+from storage.secrets import hide
 
 if TYPE_CHECKING:
     from pipeline.graph import Plan
@@ -67,11 +68,11 @@ def _advise(output: str) -> None:
 def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:
     """Build and run the graph, and wait for it unless Beam is told not to."""
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+    from apache_beam.options.pipeline_options import StandardOptions
 
     from pipeline import graph
 
-    beam_options = PipelineOptions(list(beam_args))
+    beam_options = graph.JobOptions(list(beam_args))
     standard = beam_options.view_as(StandardOptions)
     standard.runner = preflight.runner_of(standard.runner)
     with beam.Pipeline(options=beam_options) as pipeline:
@@ -83,7 +84,7 @@ def failure_line(error: BaseException) -> str:
     """What went wrong in one line under 1 kB; the first cause, not Beam's wrapping."""
     while error.__cause__ is not None and not isinstance(error, RunError):
         error = error.__cause__
-    text = " ".join(str(error).split())[:800]
+    text = hide(" ".join(str(error).split()))[:800]
     return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"
 
 

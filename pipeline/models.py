@@ -22,6 +22,7 @@ from pipeline.beam_flags import BEAM_FLAGS
 from pipeline.options import OneLineParser, value_range_of
 from storage import files
 from storage.errors import RequestError
+from storage.secrets import hide
 
 if TYPE_CHECKING:
     from models.loading import LoadSpec
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.configure_stores(beams)
         {"export": export, "inspect": inspect, "prepare": prepare}[request.verb](request)
     except (RequestError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
         return 2
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from pipeline.beam_flags import BEAM_FLAGS
 from storage.errors import RequestError
+from storage.secrets import hide, know_flags
 
 INPUT_FORMATS = (
     "auto",
@@ -331,11 +332,14 @@ class Options:
             raise RequestError(f"--columns names {', '.join(sorted(repeated))} twice")
 
     def described(self) -> dict[str, Any]:
-        """Every field by name, as JSON holds it."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        """Every field by name, as JSON holds it, without credentials."""
+        return {name: _described(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_described(item) for item in value]
+    return hide(value) if isinstance(value, str) else value
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -404,6 +408,7 @@ def _default_text(knob_field: dataclasses.Field[Any]) -> str:
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """`argv` as options and the flags that are Beam's. Raises RequestError for anything else."""
     known, rest = parser().parse_known_args(list(argv))
+    know_flags(rest)
     check_beam_flags(rest)
     values = vars(known)
     if "input" in values:

@@ -22,6 +22,7 @@ from models import handles
 from pipeline.options import Options
 from storage import files
 from storage.errors import RequestError
+from storage.secrets import hide
 
 if TYPE_CHECKING:
     from models.loading import ModelInfo
@@ -86,7 +87,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     )
     pixels = {**preprocessing.describe(), "value_range": list(info.value_range)}
     model = {
-        "handle": options.model,
+        "handle": hide(options.model),
         "format": info.format,
         "fingerprint": info.fingerprint,
         "image_size": info.image_size,
@@ -111,7 +112,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     metadata = metadata_text(
         {
-            "model_handle": options.model,
+            "model_handle": hide(options.model),
             "model_fingerprint": info.fingerprint,
             "preprocessing": pixels,
             "vectors": vectors,
@@ -175,7 +176,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
                 "model": model,
                 "preprocessing": pixels,
                 "versions": versions,
-                "warnings": warnings,
+                "warnings": [hide(warning) for warning in warnings],
             },
             resumed.kept,
             resumed.retired,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pipeline.options import OneLineParser, check_beam_flags
 from storage import files
 from storage.errors import RequestError
+from storage.secrets import hide
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result = verify(output, lambda line: print(line, file=sys.stderr))
     except (RequestError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
         return 1 if output and files.occupied(output) else 2
     print(json.dumps(result), flush=True)
     return 0 if result["status"] == "ok" else 1

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+from storage import secrets
 from storage.steady import attempt, ignore
 
 _TIMEOUT = 30  # seconds without a byte
@@ -21,8 +22,7 @@ def read_url(url: str, most: int, on_retry: Callable[[], None] = ignore) -> byte
 
     def fetch() -> bytes:
         try:
-            request = urllib.request.Request(url, headers={"User-Agent": "image-features"})
-            with _opener().open(request, timeout=_TIMEOUT) as answer:
+            with _opener().open(secrets.request(url), timeout=_TIMEOUT) as answer:
                 data = bytes(answer.read(most))
                 left = answer.length  # of the length that was announced
                 if left and len(data) < most:

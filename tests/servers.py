@@ -45,12 +45,14 @@ class Answer:
 class Site:
     """A running HTTP server: its `address`, the `answers` by path, the `requests` so far by path.
 
+    `headers` holds those of each request.
     `halfway` is set once an answer that will stall has sent its bytes.
     """
 
     address: str
     answers: dict[str, Answer] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
+    headers: list[Any] = field(default_factory=list)
     halfway: threading.Event = field(default_factory=threading.Event)
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -66,6 +68,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path
         self.site.requests[path] += 1
+        self.site.headers.append(self.headers)
         answer = self.site.answers.get(path)
         if answer is None:
             return self.send_error(404)
