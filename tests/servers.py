@@ -28,7 +28,8 @@ class Answer:
 
     `sent` bytes of `data` (None: all) under a Content-Length of all of them, if `length` is on;
     in `pieces`, slowly; then, if `stall` is on, nothing until the server ends. The first `busy`
-    requests are answered 503. `location` makes it a redirect.
+    requests are answered 503. With `cuts` only so many are cut to `sent`. `location` makes it a
+    redirect.
     """
 
     data: bytes = b""
@@ -38,6 +39,7 @@ class Answer:
     pieces: int = 1
     stall: bool = False
     busy: int = 0
+    cuts: int | None = None
     location: str | None = None
 
 
@@ -84,7 +86,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def send(self, answer: Answer) -> None:
-        body = answer.data[: answer.sent]
+        cut = answer.cuts is None or self.site.requests[self.path] <= answer.cuts
+        body = answer.data[: answer.sent if cut else None]
         size = -(-len(body) // answer.pieces) or 1
         with contextlib.suppress(ConnectionError):
             for start in range(0, len(body), size):

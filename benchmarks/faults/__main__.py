@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.faults.world import Row, World
 
-FAULTS = ("repeats", "kills", "disks")
+FAULTS = ("repeats", "kills", "disks", "inputs", "stores", "fetches")
 
 
 def main() -> int:

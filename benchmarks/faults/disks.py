@@ -110,7 +110,7 @@ def small_disks(world: World, calm: Calm) -> Iterator[Row]:
         count = 0
         enough = False
         while not enough and count < 200:
-            count += 1
+            count += world.stride
             limits = {"size": 64 << 20, limit: count * step}
             try:
                 with tmpfs(folder, **limits) as room:
@@ -120,11 +120,12 @@ def small_disks(world: World, calm: Calm) -> Iterator[Row]:
                 return
             enough = told == ""
             wrong += [f"{count} {what}: {told}"] if told else []
+        tried = count // world.stride - 1
         yield Row(
             f"disk full: tmpfs of 1 to {count - 1} {what}, then room",
-            f"{count - 1 - len(wrong)} of {count - 1} one line, non-zero, a clean re-run"
+            f"{tried - len(wrong)} of {tried} one line, non-zero, a clean re-run"
             + "".join(f"; {text}" for text in wrong[:2]),
-            not wrong and enough and count > 3,
+            not wrong and enough and tried > 0,
         )
 
 
@@ -192,7 +193,8 @@ def each_write(world: World, calm: Calm) -> Row:
     with disk.beneath():
         calm.run(world.fresh("out"))
     calls = disk.count
-    for at in range(1, calls + 1):
+    numbers = range(1, calls + 1, world.stride)
+    for at in numbers:
         for lasting in (False, True):
             disk = FullDisk(at, lasting)
             with disk.beneath():
@@ -201,7 +203,7 @@ def each_write(world: World, calm: Calm) -> Row:
                 wrong.append(f"call {at}: {told or 'the error was passed over'}")
     return Row(
         f"ENOSPC at the n-th write, creation or rename, for every n of {calls}, once and lasting",
-        f"{2 * calls - len(wrong)} of {2 * calls} one line, non-zero, a clean re-run"
+        f"{2 * len(numbers) - len(wrong)} of {2 * len(numbers)} one line, non-zero, a clean re-run"
         + "".join(f"; {text}" for text in wrong[:2]),
         not wrong,
     )

@@ -63,6 +63,11 @@ class World:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = self.model or network(self.folder / "model", seed=0)
 
+    @property
+    def stride(self) -> int:
+        """Of places that are tried one by one, each so-many-th: all where `times` is 20."""
+        return max(1, 20 // self.times)
+
     def fresh(self, name: str) -> Path:
         """A folder of that name that is not there, below which nothing is."""
         path = self.folder / name
