@@ -30,6 +30,7 @@ FEATURES, FAILURES = "features", "failures"
 DIGEST_BYTES = 16
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
 _DERIVED = re.compile(r"-(settled-\d+|duplicates-\w+)\.parquet$")  # what `settle` made of others
+_BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
 _LEFTOVER = re.compile(
     r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
 )
@@ -253,6 +254,8 @@ def resume(
             continue
         if path not in published and _DERIVED.search(path):
             continue  # the files it was made of are still there
+        if path not in published and manifest and _is_older(path, manifest["run_id"]):
+            continue  # of a killed run that was overwritten since, perhaps of other pictures
         with open_part(output, path) as part:
             other = _other_rows(part.schema_arrow.metadata or {}, rows)
             if other and path not in published and manifest:
@@ -275,6 +278,12 @@ def resume(
     present = {info.path[below:] for info in files.list_folder(output)}
     retired = sorted(path for path in present - set(kept) if _LEFTOVER.fullmatch(path))
     return Resumed(tuple(kept), tuple(retired), b"".join(finished), b"".join(again), counts)
+
+
+def _is_older(path: str, run_id: str) -> bool:
+    """Whether the run that wrote the data file `path` began before the run `run_id`, or with it."""
+    began, published = (_BEGAN.search(name) for name in (path, f"-{run_id}"))
+    return bool(began and published and began[1] <= published[1])
 
 
 def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar, cast
 
@@ -314,13 +314,36 @@ def _format_of(failed: Failed, before: str) -> tuple[FileInfo | None, str]:
 
 def sample(sources: Sequence[Source], count: int) -> list[bytes]:
     """The first records of the TFRecord sources, at most `count`, for their types."""
-    records = (
-        record.data
-        for unit in list_units([s for s in sources if s.format == TFRECORD], None)
-        for record in containers.walk(unit.files[0], TFRECORD, ExampleKeys(), 0)
-        if isinstance(record, Record)
-    )
+    units = list_units([s for s in sources if s.format == TFRECORD], None)
+    items = _of_readable((unit.files[0] for unit in units), _walk_for_types(TFRECORD))
+    records = (item.data for item in items if isinstance(item, Record))
     return list(itertools.islice(records, count))
+
+
+def _walk_for_types(
+    format: str, keys: ExampleKeys | None = None
+) -> Callable[[FileInfo], Iterator[Record | Found | tfrecord.Damage]]:
+    return lambda info: containers.walk(info, format, keys or ExampleKeys(), 0)
+
+
+def _of_readable(
+    infos: Iterable[FileInfo], read: Callable[[FileInfo], Iterable[_Item]]
+) -> Iterator[_Item]:
+    """What `read` gives of each file; one that cannot be read will be a failure row.
+
+    Raises OSError where none can be read.
+    """
+    unreadable, any_read = None, False
+    for info in infos:
+        try:
+            for item in read(info):
+                any_read = True
+                yield item
+            any_read = True
+        except OSError as error:
+            unreadable = error
+    if unreadable and not any_read:
+        raise unreadable
 
 
 def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> ExampleTypes | None:
@@ -347,7 +370,7 @@ def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> Exa
         if source.format == PARQUET:
             found += _parquet_types(infos, keys)
         elif source.format == WEBDATASET:
-            items = (i for info in infos for i in containers.walk(info, WEBDATASET, keys, 0))
+            items = _of_readable(infos, _walk_for_types(WEBDATASET, keys))
             images = [i for i in itertools.islice(items, count) if isinstance(i, Found)]
             found += [fields.infer_types(images, keys)] if images else []
         elif source.format == MANIFEST:
@@ -361,20 +384,22 @@ def _failed_sources(source: Source, keys: ExampleKeys) -> list[Source]:
 
 
 def _parquet_types(infos: Iterable[FileInfo], keys: ExampleKeys) -> list[ExampleTypes]:
-    for info in infos:
+    def read(info: FileInfo) -> Iterator[ExampleTypes]:
         with SteadyStream(info.path, info.size) as stream:
             schema = parquet.read_schema(cast(BinaryIO, stream))
         if schema is not None:
-            return [parquet.infer_types(schema, info.path, keys)]
-    return []
+            yield parquet.infer_types(schema, info.path, keys)
+
+    return list(itertools.islice(_of_readable(infos, read), 1))
 
 
 def _manifest_types(
     infos: Iterable[FileInfo], pattern: str, keys: ExampleKeys
 ) -> list[ExampleTypes]:
-    rows: list[Entry] = []
-    for info in infos:
+    def read(info: FileInfo) -> Iterator[Entry]:
         with SteadyStream(info.path, info.size) as stream:
             entries = listing.read_entries(cast(BinaryIO, stream), info.path, fields.names_of(keys))
-            rows += itertools.islice(entries, _SAMPLED_ROWS)
+            yield from itertools.islice(entries, _SAMPLED_ROWS)
+
+    rows = list(_of_readable(infos, read))
     return [listing.infer_types(rows, pattern, keys)] if rows else []

@@ -169,7 +169,8 @@ def as_expected(row: dict[str, str], found: dict | None, formats: tuple[str, ...
     if row["container"] not in formats:
         return found["kind"] == "failures" and found["error_class"] == "UnsupportedFormat"
     sides = int(row["width"]), int(row["height"])
-    turned = row["orientation"] in ("5", "6", "7", "8")
+    # The corpus has sizes as stored, but for TIFF as Pillow tells them: turned already.
+    turned = row["orientation"] in ("5", "6", "7", "8") and row["container"] != "tiff"
     return found["kind"] == "features" and (found["width"], found["height"]) == (
         sides[::-1] if turned else sides
     )

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from benchmarks.faults.world import (
     finish,
     leftovers,
     manifest,
+    picture,
     row_hashes,
     start,
     whole,
     write_shards,
 )
+from tests import servers
 
 IMAGES, IDS, ROWS_PER_FILE = 600, 550, 5  # ids that stand twice make the commit write files too
 _PATIENCE = 10.0  # seconds in which a signal must have ended the process
@@ -53,6 +55,7 @@ def check(world: World) -> Iterator[Row]:
         yield interrupted(world, calm, number)
     for if_exists in ("error", "overwrite", "resume"):
         yield two_at_once(world, calm, if_exists)
+    yield kept_by_time(world)
 
 
 def calm_run(world: World) -> Calm:
@@ -149,6 +152,50 @@ def killed(world: World, calm: Calm) -> Row:
         f"{lost} lost, {doubled} duplicate, {left} leftovers; "
         f"{kept / world.times:.0f} of {IMAGES} images kept in the mean",
         not (lost or doubled or left) and phases.total() >= world.times,
+    )
+
+
+def kept_by_time(world: World) -> Row:
+    """A run of minutes with no bound but the default: what kill -9 costs of it.
+
+    Pictures come from a server that takes its time; once the first file is closed, by the bound of
+    60 s, the run is killed, and what goes on has a quick server.
+    """
+    images = 4000
+    with servers.http_site() as site:
+        for number in range(images):
+            site.give(f"/{number}.jpg", picture(number % 50), pieces=25)  # half a second each
+        rows = [f"{site.address}/{number}.jpg" for number in range(images)]
+        (world.folder / "list.csv").write_text("\n".join(["uri", *rows]))
+        flags = {
+            "input": world.folder / "list.csv",
+            "allow_http": True,
+            "model": world.model,
+            "output": world.fresh("out"),
+            "if_exists": "resume",
+        }
+        process = start(**flags)
+        while process.poll() is None and not site.requests:
+            time.sleep(0.01)
+        begun = time.monotonic()
+        while process.poll() is None and not parts_of(flags["output"]):
+            time.sleep(0.01)
+        closed = time.monotonic() - begun
+        time.sleep(world.random.uniform(1, 20))
+        seconds = time.monotonic() - begun
+        process.kill()
+        finish(process)
+        asked = len(site.requests)
+        for path, answer in list(site.answers.items()):
+            site.answers[path] = replace(answer, pieces=1)
+        ran = finish(start(**flags))
+    kept = ran.line["skipped"] if ran.line else 0
+    good = ran.code == 0 and whole(flags["output"]) and not leftovers(flags["output"])
+    return Row(
+        f"kill -9 after {seconds:.0f} s of reading, files as large as they come, resume",
+        f"first file closed after {closed:.0f} s; {kept} of {asked} images kept; "
+        f"{len(row_hashes(flags['output']))} rows of {images}",
+        good and len(row_hashes(flags["output"])) == images and kept > 0 and closed < 75,
     )
 
 
