@@ -612,6 +612,18 @@ def test_a_killed_run_of_other_options_does_not_lock_a_published_output(tmp_path
     assert "features/part-r2-a.parquet" not in found.kept
 
 
+def test_rows_that_an_overwriting_run_came_after_are_not_adopted(tmp_path):
+    """They may be of pictures that are there no longer, or are others by now."""
+    killed, whole, later = (f"2026010{day}T000000Z-aaaaaaaa" for day in (1, 2, 3))
+    write_part(tmp_path, FEATURES, f"{killed}-a", images(0))
+    run = publication(tmp_path, whole, if_exists="overwrite")
+    commit(run, [write_part(tmp_path, FEATURES, f"{whole}-a", images(1))])
+    write_part(tmp_path, FEATURES, f"{later}-a", images(2))
+    found = resumed(tmp_path)
+    assert found.kept == tuple(f"features/part-{run_id}-a.parquet" for run_id in (whole, later))
+    assert found.retired == (f"features/part-{killed}-a.parquet",)
+
+
 @pytest.mark.parametrize("harm", ["missing", "torn"])
 def test_a_published_file_that_is_lost_is_refused(tmp_path, harm):
     first_run(tmp_path)
