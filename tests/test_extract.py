@@ -6,12 +6,9 @@ import hashlib
 import io
 import itertools
 import json
-import logging
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import exports
@@ -25,8 +22,6 @@ from reference_weights import images
 from formats.example import serialize_example
 from formats.image import Preprocessing, decode_image
 from formats.tfrecord import write_record
-from pipeline import extract
-from storage.errors import RunError
 
 ROOT = Path(__file__).parents[1]
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -693,38 +688,6 @@ def test_wrong_flags_are_told_without_traceback_by_the_process(tmp_path):
     assert ended.stdout == ""
     assert ended.stderr.count("\n") == 1
     assert "--input" in ended.stderr
-
-
-def test_a_failure_is_told_once_and_without_beams_traceback(tmp_path, capsys):
-    stream = io.StringIO()
-    handler = extract.log_handler(stream)
-    beam_log = logging.getLogger("apache_beam.runners.common")
-    warning = "Resource module is not available for current platform, memory usage cannot be"
-    for error in (OSError("full"), RunError("damage"), KeyError("a fault of ours")):
-        try:
-            raise error
-        except Exception:
-            record = beam_log.makeRecord("apache_beam.x", 40, "", 0, "m", (), sys.exc_info())
-            handler.handle(record)
-    handler.handle(logging.LogRecord("root", 30, "", 0, warning, (), None))
-    handler.handle(logging.LogRecord("pipeline", 40, "", 0, "told", (), None))
-    assert stream.getvalue().count("ERROR") == 2
-    assert "a fault of ours" in stream.getvalue()
-    assert "full" not in stream.getvalue()
-    assert stream.getvalue().endswith("ERROR pipeline: told\n")
-
-
-@pytest.mark.parametrize("seconds", [0.1, 0.4, 1.5])
-def test_a_signal_while_libraries_are_imported(tmp_path, seconds):
-    """No import of ours, half done, makes the answer a traceback."""
-    call = [sys.executable, "-m", "pipeline.extract", "--input=x", "--model=y", "--output=z"]
-    call.append("--runner=NoSuchRunner")  # Beam is imported to say so
-    process = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode in (143, -15, 2)  # -15 before the first line, 2 after the last
-    assert "Traceback" not in told
 
 
 # --- real pictures -----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import threading
 
 import pytest
 
@@ -318,32 +317,6 @@ def test_abandon_all_removes_the_unfinished(tmp_path):
     NewFile.abandon_all()
     assert all_below(tmp_path) == ["done"]
     open_file.abort()
-
-
-def test_abandon_all_takes_what_is_tracked_and_lets_no_more_be_made(tmp_path, monkeypatch):
-    folder, kept = tmp_path / "folder", tmp_path / "kept"
-    for path in (folder, kept):
-        path.mkdir()
-        (path / "a").touch()
-        NewFile.track(str(path))
-    NewFile.forget(str(kept))
-    monkeypatch.setattr(NewFile, "_making", threading.RLock())
-    made = threading.Event()
-
-    def another():
-        NewFile(str(tmp_path / "late"))
-        made.set()
-
-    NewFile.abandon_all(for_good=True)
-    thread = threading.Thread(target=another, daemon=True)
-    thread.start()
-    assert not made.wait(0.2)  # its file would outlive the process
-    assert sorted(tmp_path.iterdir()) == [kept]
-    NewFile._making.release()
-    thread.join(10)
-    assert made.is_set()
-    NewFile.abandon_all()
-    assert sorted(tmp_path.iterdir()) == [kept]
 
 
 def test_write_bytes_is_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""How a run ends before its time: what it takes along, and what it says."""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import extract
+from storage.errors import RunError
+from storage.files import NewFile
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_abandon_all_takes_what_is_tracked_and_lets_no_more_be_made(tmp_path, monkeypatch):
+    folder, kept = tmp_path / "folder", tmp_path / "kept"
+    for path in (folder, kept):
+        path.mkdir()
+        (path / "a").touch()
+        NewFile.track(str(path))
+    NewFile.forget(str(kept))
+    monkeypatch.setattr(NewFile, "_making", threading.RLock())
+    made = threading.Event()
+
+    def another():
+        NewFile(str(tmp_path / "late"))
+        made.set()
+
+    NewFile.abandon_all(for_good=True)
+    thread = threading.Thread(target=another, daemon=True)
+    thread.start()
+    assert not made.wait(0.2)  # its file would outlive the process
+    assert sorted(tmp_path.iterdir()) == [kept]
+    NewFile._making.release()
+    thread.join(10)
+    assert made.is_set()
+    NewFile.abandon_all()
+    assert sorted(tmp_path.iterdir()) == [kept]
+
+
+def test_a_failure_is_told_once_and_without_beams_traceback():
+    stream = io.StringIO()
+    handler = extract.log_handler(stream)
+    beam_log = logging.getLogger("apache_beam.runners.common")
+    warning = "Resource module is not available for current platform, memory usage cannot be"
+    for error in (OSError("full"), RunError("damage"), KeyError("a fault of ours")):
+        try:
+            raise error
+        except Exception:
+            record = beam_log.makeRecord("apache_beam.x", 40, "", 0, "m", (), sys.exc_info())
+            handler.handle(record)
+    handler.handle(logging.LogRecord("root", 30, "", 0, warning, (), None))
+    handler.handle(logging.LogRecord("pipeline", 40, "", 0, "told", (), None))
+    assert stream.getvalue().count("ERROR") == 2
+    assert "a fault of ours" in stream.getvalue()
+    assert "full" not in stream.getvalue()
+    assert stream.getvalue().endswith("ERROR pipeline: told\n")
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 1.5])
+def test_a_signal_while_libraries_are_imported(tmp_path, seconds):
+    """No import of ours, half done, makes the answer a traceback."""
+    call = [sys.executable, "-m", "pipeline.extract", "--input=x", "--model=y", "--output=z"]
+    call.append("--runner=NoSuchRunner")  # Beam is imported to say so
+    process = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (143, -15, 2)  # -15 before the first line, 2 after the last
+    assert "Traceback" not in told
