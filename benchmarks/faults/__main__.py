@@ -20,12 +20,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="to work in; may be emptied")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and orders")
+    parser.add_argument("--model", help="none: a network of one cell")
     parser.add_argument("--corpus", type=Path, help="pictures with a manifest.csv of outcomes")
     request = parser.parse_args()
     unknown = set(request.fault) - set(FAULTS)
     if unknown:
         parser.error(f"{', '.join(unknown)}: none of {', '.join(FAULTS)}")
-    world = World(request.folder, request.times, request.seed, corpus=request.corpus)
+    world = World(request.folder, request.times, request.seed, request.model, request.corpus)
     rows: list[Row] = []
     print("| fault | figure | reached |\n|---|---|---|", flush=True)
     for name in request.fault or FAULTS:

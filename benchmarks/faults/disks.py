@@ -105,12 +105,13 @@ def tmpfs(folder: Path, **limits: int) -> Iterator[Callable[[], None]]:
 def small_disks(world: World, calm: Calm) -> Iterator[Row]:
     """Every size in pages, and every number of files, from nothing to enough."""
     folder = world.folder / "disk"
+    stride = -(-world.stride // 3)
     for limit, step, what in (("size", PAGE, "pages"), ("nr_inodes", 1, "files")):
         wrong: list[str] = []
         count = 0
         enough = False
         while not enough and count < 200:
-            count += world.stride
+            count += stride
             limits = {"size": 64 << 20, limit: count * step}
             try:
                 with tmpfs(folder, **limits) as room:
@@ -120,7 +121,7 @@ def small_disks(world: World, calm: Calm) -> Iterator[Row]:
                 return
             enough = told == ""
             wrong += [f"{count} {what}: {told}"] if told else []
-        tried = count // world.stride - 1
+        tried = count // stride - 1
         yield Row(
             f"disk full: tmpfs of 1 to {count - 1} {what}, then room",
             f"{tried - len(wrong)} of {tried} one line, non-zero, a clean re-run"
