@@ -408,7 +408,6 @@ def _default_text(knob_field: dataclasses.Field[Any]) -> str:
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """`argv` as options and the flags that are Beam's. Raises RequestError for anything else."""
     known, rest = parser().parse_known_args(list(argv))
-    know_flags(rest)
     check_beam_flags(rest)
     values = vars(known)
     if "input" in values:
@@ -417,7 +416,11 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def check_beam_flags(rest: Sequence[str]) -> None:
-    """Refuse what neither we nor Beam know: Beam itself would drop it with a log line."""
+    """Refuse what neither we nor Beam know: Beam itself would drop it with a log line.
+
+    Credentials among them are remembered, so that no text will show them.
+    """
+    know_flags(rest)
     value_may_follow = False
     for word in rest:
         if not word.startswith("--"):
