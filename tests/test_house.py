@@ -119,6 +119,36 @@ def test_a_missing_docstring_is_seen():
     assert undocumented({"a.py": "x = 1"}) == ["a.py"]
 
 
+UNPICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
+RUNS_TEXT = {"eval", "exec", "__import__"}
+
+
+def trusting(files: dict[str, str]) -> list[str]:
+    """What of `files` could run code that stands in data."""
+    found = []
+    for path, text in files.items():
+        tree = ast.parse(text)
+        modules = {module.partition(".")[0] for module, _ in imports(tree)}
+        found += [f"{path} imports {module}" for module in modules & UNPICKLES]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id in RUNS_TEXT:
+                found.append(f"{path} calls {node.id}")
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                found.append(f"{path} allows pickles")
+    return found
+
+
+def test_no_data_is_unpickled_or_run():
+    assert trusting(sources()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["import pickle", "from dill import loads", "eval(x)", "np.load(x, allow_pickle=True)"]
+)
+def test_trust_in_data_is_seen(text):
+    assert trusting({"formats/a.py": text})
+
+
 def test_every_room_and_file_is_in_the_architecture():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     files = [path for path in sources() if not path.endswith("__init__.py")]

@@ -396,6 +396,25 @@ def test_another_format_is_named(start, name):
     assert "jpeg, png" in error.message
 
 
+def test_no_other_decoder_of_pillow_is_reached(monkeypatch):
+    """Neither by Pillow's search among its plugins, nor for a file that one of them would take."""
+
+    def search(*args, **kwargs):
+        raise AssertionError("Pillow looks for a plugin")
+
+    kinds = ("PPM", "TGA", "PCX", "SGI", "EPS", "IM", "DDS", "ICO", "JPEG2000", "PDF", "MSP")
+    others = [pictures.encode(pictures.photo().copy(), kind) for kind in kinds[:-1]]
+    others.append(pictures.encode(Image.fromarray(pictures.photo()).convert("1"), "MSP"))
+    others.append(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for name in ("open", "preinit", "init"):
+        monkeypatch.setattr(Image, name, search)
+    for name, data in GOOD.items():
+        assert decode_image(data, Preprocessing(8))[0].shape == (8, 8, 3), name
+    everything = Preprocessing(8, formats=FORMATS + MORE_FORMATS)
+    for data in others:
+        assert error_of(data, everything).error_class == "UnsupportedFormat"
+
+
 @pytest.mark.parametrize("name", [name for name in GOOD if "animated" not in name])
 def test_a_cut_file_never_passes(name):
     for keep in (0.1, 0.3, 0.45):  # the first of an MPO's pictures ends after half of it

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import os
+import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -304,3 +305,32 @@ def kill(output: Path, number: int) -> None:
     parts = sorted(output.rglob("*.parquet"))
     if parts:
         parts[number % len(parts)].unlink()
+
+
+HOSTILE = [
+    "../../../up",
+    "/absolute/path",
+    "a/b",
+    "..",
+    "con\\x",
+    "-rf",
+    "line\nbreak",
+    "\u202e",
+    "a" * 999,
+]
+
+
+def test_keys_never_become_paths(tmp_path):
+    """Whatever an id is, files lie where they always do, and the row holds the id as it is."""
+    folder = tmp_path / "far" / "below"
+    folder.mkdir(parents=True)
+    found = Inputs(folder, "id")
+    found.add("parquet", [(GOOD[n % 4] + bytes([n]), name) for n, name in enumerate(HOSTILE)], "")
+    before = set(tmp_path.rglob("*"))
+    ran = run(found, folder / "_out", rows_per_file=1)
+    assert ran.code == 0, ran.stderr
+    assert {row["key"] for row in assert_whole(folder / "_out")} == set(HOSTILE)
+    for path in set(tmp_path.rglob("*")) - before:
+        assert re.fullmatch(
+            r"(manifest\.json|_SUCCESS|features|part-[0-9TZa-f-]+\.parquet|_out)", path.name
+        )
