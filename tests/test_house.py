@@ -133,7 +133,11 @@ def trusting(files: dict[str, str]) -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and node.id in RUNS_TEXT:
                 found.append(f"{path} calls {node.id}")
-            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            if (
+                isinstance(node, ast.keyword)
+                and node.arg == "allow_pickle"
+                and not (isinstance(node.value, ast.Constant) and node.value.value is False)
+            ):
                 found.append(f"{path} allows pickles")
     return found
 

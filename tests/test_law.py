@@ -18,7 +18,7 @@ from pathlib import Path
 import exports
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
 from pictures import declaring, encode, jpeg, photo, truncated
 
@@ -212,7 +212,8 @@ def run(found: Inputs, output: Path, **flags) -> Ran:
         allow_empty=True,
         **flags,
     )
-    note(f"{flags} {ran}")
+    if currently_in_test_context():
+        note(f"{flags} {ran}")
     return ran
 
 
