@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from models.loading import LoadSpec
 from storage.secrets import is_secret
 from transforms.decode import DecodeImages
 from transforms.inference import ExtractFeatures, FrozenModelHandler
-from transforms.sink import Publish, WriteFailures, WriteFeatures
+from transforms.sink import CountRows, Publish, WriteFailures, WriteFeatures
 from transforms.sources import ReadImages, Reading
 
 
@@ -42,6 +42,8 @@ class Plan:
     metadata: Mapping[str, str]
     publication: Publication
     started: float
+    sink: str = "parquet"
+    stop_after: str | None = None
 
 
 class JobOptions(PipelineOptions):
@@ -53,7 +55,10 @@ class JobOptions(PipelineOptions):
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
-    """Add the job to `pipeline`. Every image leaves it in one file, of features or of failures."""
+    """Add the job to `pipeline`. Every image leaves it in one file, of features or of failures.
+
+    With `plan.sink` "null" it is counted instead, after the step `plan.stop_after` or all of them.
+    """
     run = plan.publication
     to = (run.output, run.run_id)
     read = (
@@ -61,9 +66,16 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         | "Sources" >> beam.Create([list(plan.sources)])
         | ReadImages(plan.reading, plan.limit, plan.finished)
     )
+    if plan.stop_after == "read":
+        return count(read.images, [read.failures])
     decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation)
+    if plan.stop_after == "decode":
+        return count(decoded.images, [read.failures, decoded.failures])
     handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype)
     extracted = decoded.images | ExtractFeatures(handler)
+    if plan.sink == "null":
+        failures = [read.failures, decoded.failures, extracted.failures]
+        return count(extracted.features, failures, plan.table)
 
     features = extracted.features | WriteFeatures(
         *to, plan.table, run.compression, plan.rows_per_file
@@ -79,3 +91,13 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         | "AllFiles" >> beam.Flatten()
         | Publish(run, read.skipped, timings, plan.started)
     )
+
+
+def count(
+    came_through: beam.PCollection,
+    failures: Sequence[beam.PCollection],
+    table: TableSpec | None = None,
+) -> None:
+    """Count what came through the last step (as rows, where `table` is given) and the failures."""
+    _ = came_through | "CountRows" >> CountRows(table)
+    _ = failures | "AllFailures" >> beam.Flatten() | "CountFailures" >> CountRows()

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from pipeline.graph import Plan
 
 COMPLETE, TOO_MANY, FAILED, DRY_RUN = "complete", "too_many_failures", "failed", "dry_run"
-EXIT_CODES = {COMPLETE: 0, DRY_RUN: 0, FAILED: 1, TOO_MANY: 3}
+COUNTED = "counted"  # --sink null
+EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, FAILED: 1, TOO_MANY: 3}
 
 log = logging.getLogger("pipeline")
 
@@ -41,7 +43,9 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     except (RunError, OSError, pa.ArrowException) as error:
         raise RequestError(failure_line(error)) from error
     try:
-        run_graph(plan, beam_args)
+        result = run_graph(plan, beam_args)
+        if plan.sink == "null":
+            return summary(None, *counted(result, options), started)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
         if verdict is None:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
@@ -65,8 +69,8 @@ def _advise(output: str) -> None:
         log.info("%s", line)
 
 
-def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:
-    """Build and run the graph, and wait for it unless Beam is told not to."""
+def run_graph(plan: Plan, beam_args: Sequence[str]) -> Any:
+    """Build and run the graph, and wait for it unless Beam is told not to; Beam's result."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import StandardOptions
 
@@ -78,6 +82,31 @@ def run_graph(plan: Plan, beam_args: Sequence[str]) -> None:
     with beam.Pipeline(options=beam_options) as pipeline:
         files.NewFile.track(pipeline.local_tempdir)  # an interrupted run takes it along
         graph.build(pipeline, plan)
+    return pipeline.result
+
+
+def counted(result: Any, options: Options) -> tuple[str, dict[str, Any]]:
+    """Status and counts of a run that wrote nothing, from Beam's counters.
+
+    `passed` stands beside the counts where a step was the last, which makes no rows.
+    """
+    from apache_beam.metrics import MetricsFilter
+
+    from transforms.sink import FAILED
+
+    found = result.metrics().query(MetricsFilter().with_namespace("Count"))["counters"]
+    values: Counter[str] = Counter()
+    for counter in found:
+        values[counter.key.metric.name] += counter.result
+    reasons = {name.removeprefix(FAILED): values[name] for name in sorted(values) if FAILED in name}
+    failures = sum(reasons.values())
+    last = "passed" if options.stop_after else "features"
+    images = values[last] + failures
+    counts = {"images": images, "features": values["features"], "failures": failures, "skipped": 0}
+    if options.stop_after:
+        counts["passed"] = values["passed"]
+    status = TOO_MANY if failures > options.max_failure_rate * images else COUNTED
+    return status, {**counts, "failures_by": reasons}
 
 
 def failure_line(error: BaseException) -> str:
@@ -89,18 +118,21 @@ def failure_line(error: BaseException) -> str:
 
 
 def summary(
-    output: str, status: str, counts: Mapping[str, int] | None, started: float
+    output: str | None, status: str, counts: Mapping[str, Any] | None, started: float
 ) -> dict[str, Any]:
-    """The JSON line of a run; `counts` are images, features, failures and skipped of this run."""
+    """The JSON line of a run; `counts` are images, features, failures and skipped of this run.
+
+    `output` is None where nothing is written; further counts are told as they are.
+    """
     counts = counts or {"images": 0, "features": 0, "failures": 0, "skipped": 0}
     seconds = time.time() - started
-    manifest = files.join(output, "manifest.json")
-    done = counts["features"] + counts["failures"]
+    manifest = files.join(output, "manifest.json") if output else None
+    done = counts["images"] - counts["skipped"]
     return {
         "status": status,
-        "output": output,
+        "output": output or None,
         "manifest": manifest if status == COMPLETE else None,
-        **{name: counts[name] for name in ("images", "features", "failures", "skipped")},
+        **counts,
         "seconds": round(seconds, 3),
         "images_per_second": round(done / seconds, 3) if seconds else 0.0,
     }

@@ -217,6 +217,20 @@ class Options:
         why="every reader takes it; ClickHouse refuses fixed_size_list",
     )
     output: str = knob("", "where to write: local directory, gs:// or s3://", metavar="DIR")
+    sink: str = knob(
+        "parquet",
+        "where rows go; null: they are made, counted and dropped, to see what bounds a run; then "
+        "--output is not needed, nothing in it is touched, and the status is `counted`",
+        choices=("parquet", "null"),
+        why="the rows are what a run is for",
+    )
+    stop_after: str | None = knob(
+        None,
+        "with --sink null: end after this step; images that came through it are counted as "
+        "`passed`",
+        choices=("read", "decode"),
+        why="none: all steps",
+    )
     if_exists: str = knob(
         "error",
         "what to do where any object lies under the output: refuse, replace it once the new one "
@@ -296,7 +310,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("input", "model", "output"):
-            if not getattr(self, name):
+            if not getattr(self, name) and (name, self.sink) != ("output", "null"):
                 raise RequestError(f"--{name} is required; see --help")
         for name in (
             "limit",
@@ -323,6 +337,16 @@ class Options:
             raise RequestError("--class_names names the classes of --top_k, which is 0; give both")
         if self.retry_failures and self.if_exists != "resume":
             raise RequestError("--retry_failures needs --if_exists resume: nothing else is kept")
+        for name in ("if_exists", "rows_per_file", "compression"):
+            if self.sink == "null" and getattr(self, name) != getattr(Options, name):
+                raise RequestError(
+                    f"--{name} {getattr(self, name)}: says how rows are written, and --sink null "
+                    "writes none; leave it out"
+                )
+        if self.stop_after and self.sink != "null":
+            raise RequestError(
+                f"--stop_after {self.stop_after}: no rows would be there to write; give --sink null"
+            )
         if self.model_sha256 and not re.fullmatch("[0-9a-f]{64}", self.model_sha256):
             raise RequestError(f"--model_sha256 {self.model_sha256}: 64 lower-case hex digits")
         if not self.formats:

@@ -40,14 +40,15 @@ log = logging.getLogger("pipeline")
 
 def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: float) -> Plan:
     """All decisions of a run, cheap checks first. Raises RequestError; leaves no trace."""
-    output = files.absolute(options.output)
-    stored = [output, *options.input, *filter(None, [options.class_names])]
+    writes = options.sink != "null"
+    output = files.absolute(options.output) if writes else ""
+    stored = [*options.input, *filter(None, [output, options.class_names])]
     if not handles.archive_url(options.model):
         stored.append(options.model)
     if any(map(files.is_remote, stored)) or beam_args:
         _check_beam_flags(beam_args)
         files.configure_stores(beam_args)
-    before = _check_output(output, options.if_exists)
+    before = _check_output(output, options.if_exists) if writes else None
     handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
     sources, warnings = inputs.survey(options.input, options.input_format, options.allow_empty)
@@ -57,7 +58,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.image_key, options.id_key, options.label_key, options.columns
     )
     types = _types(sources, keys)
-    files.check_writable(output)
+    if writes:
+        files.check_writable(output)
 
     from models.loading import Hints, LoadSpec, default_batch_size, default_copies, load
     from pipeline.graph import Plan
@@ -182,6 +184,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
             resumed.retired,
         ),
         started,
+        options.sink,
+        options.stop_after,
     )
 
 

@@ -94,6 +94,11 @@ class _WriteParts(beam.DoFn):
         return part
 
 
+def _row_maker(spec: table.TableSpec) -> Callable[[list[Any]], pa.RecordBatch]:
+    schema = spec.schema()
+    return lambda rows: table.features_table(rows, spec, schema)
+
+
 def _size(value: Any) -> int:
     """About how many bytes a carried value takes."""
     if isinstance(value, list):
@@ -113,14 +118,13 @@ class WriteFeatures(beam.PTransform):
         rows_per_file: int | None = None,
     ):
         super().__init__()
-        schema = spec.schema()
         vectors = sum(spec.widths.values()) * (2 if spec.dtype == "float16" else 4)
         fixed = 300 + vectors + 30 * spec.top_k
         self._write = _WriteParts(
             dataset.FEATURES,
             output,
             run_id,
-            lambda rows: table.features_table(rows, spec, schema),
+            _row_maker(spec),
             lambda row: fixed + sum(map(_size, row.ref.columns.values())),
             rows_per_file,
             compression,
@@ -152,6 +156,55 @@ class WriteFailures(beam.PTransform):
     def expand(self, rows: beam.PCollection[Failure]) -> beam.PCollection[PartFile]:
         """A PCollection of Failure -> the files that hold them."""
         return rows | beam.ParDo(self._write)
+
+
+FAILED = "failed/"  # before stage/error_class in the counters' names
+
+
+class _CountRows(beam.DoFn):
+    """Counts rows, those of features made as they would be written, and drops them."""
+
+    _ROWS = 256  # made at once
+
+    def __init__(self, to_batch: Callable[[list[Any]], pa.RecordBatch] | None):
+        self._to_batch = to_batch
+
+    def start_bundle(self) -> None:
+        self._rows: list[Any] = []
+
+    def process(self, row: Any) -> None:
+        if isinstance(row, Failure):
+            inc_counter("Count", f"{FAILED}{row.stage}/{row.error_class}")
+        elif self._to_batch is None:
+            inc_counter("Count", "passed")
+        else:
+            self._rows.append(row)
+            if len(self._rows) == self._ROWS:
+                self._make()
+
+    def finish_bundle(self) -> None:
+        self._make()
+
+    def _make(self) -> None:
+        if self._to_batch is not None and self._rows:
+            inc_counter("Count", "features", self._to_batch(self._rows).num_rows)
+            self._rows = []
+
+
+class CountRows(beam.PTransform):
+    """Rows -> Beam counters and nothing else.
+
+    `features` of Features, made into rows by `spec`; without it `passed` of anything, and
+    `failed/STAGE/CLASS` of Failure.
+    """
+
+    def __init__(self, spec: table.TableSpec | None = None):
+        super().__init__()
+        self._count = _CountRows(_row_maker(spec) if spec else None)
+
+    def expand(self, rows: beam.PCollection[Any]) -> beam.PCollection[Any]:
+        """A PCollection of anything -> an empty one."""
+        return rows | beam.ParDo(self._count)
 
 
 def _publish(
