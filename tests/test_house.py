@@ -222,9 +222,9 @@ def pins(name: str) -> dict[str, set[str]]:
 
 
 def test_the_locks_agree_and_hold_no_address():
-    runtime, test = pins("runtime.txt"), pins("test.txt")
-    assert {name: test.get(name) for name in runtime} == runtime
-    for name in ("runtime.txt", "test.txt"):
+    runtime = pins("runtime.txt")
+    for name in ("runtime.txt", "test.txt", "bench.txt"):
+        assert {package: pins(name).get(package) for package in runtime} == runtime
         text = (ROOT / "requirements" / name).read_text()
         assert "://" not in text
         assert "index" not in re.sub(r"#.*", "", text)
