@@ -1,8 +1,10 @@
-"""Real photographs as TFRecords of 500 x 375 JPEGs, the benchmarks' input."""
+"""The benchmarks' input, made of the scikit-image package's photographs."""
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +15,71 @@ from formats.tfrecord import write_record
 from pipeline.demo import photographs
 
 SIZE = (500, 375)
-DISTINCT = 250  # crops; records repeat them in turn
+LARGE = (4000, 3000)  # 12 megapixels
+DISTINCT = 250  # crops; an input repeats them in turn
 
 
-def crops() -> list[bytes]:
-    """`DISTINCT` crops of the photographs, 500 x 375 pixels, as JPEG of quality 90."""
+def _crops(size: tuple[int, int], count: int) -> Iterator[bytes]:
     random = np.random.default_rng(0)
     images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in photographs()]
-    made = []
-    for number in range(DISTINCT):
+    for number in range(count):
         image = images[number % len(images)]
         width = random.uniform(0.5, 1.0) * min(image.width, image.height * 4 / 3)
         height = width * 3 / 4
         left = random.uniform(0, image.width - width)
         top = random.uniform(0, image.height - height)
-        crop = image.resize(SIZE, Image.Resampling.LANCZOS, (left, top, left + width, top + height))
+        crop = image.resize(size, Image.Resampling.LANCZOS, (left, top, left + width, top + height))
         file = io.BytesIO()
         crop.save(file, "JPEG", quality=90)
-        made.append(file.getvalue())
-    return made
+        yield file.getvalue()
 
 
-def write_records(folder: Path, images: int, shards: int) -> str:
-    """`images` examples in `shards` TFRecord files below `folder`; returns their pattern."""
+@functools.cache
+def crops(count: int = DISTINCT) -> tuple[bytes, ...]:
+    """`count` crops of the photographs, 500 x 375 pixels, as JPEG of quality 90."""
+    return tuple(_crops(SIZE, count))
+
+
+def large_photographs(count: int) -> list[bytes]:
+    """`count` crops of 4000 x 3000 pixels, as JPEG of quality 90. They are enlarged, so smoother
+    than a camera's, and a little cheaper to decode.
+    """
+    return list(_crops(LARGE, count))
+
+
+def write_records(folder: Path, images: int, shards: int, pictures: tuple[bytes, ...] = ()) -> str:
+    """`images` examples in `shards` TFRecord files below `folder`; returns their pattern.
+
+    Written once; later calls find them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pattern = str(folder / f"photos-{images}-?????-of-{shards:05}")
-    names = [str(folder / f"photos-{images}-{i:05}-of-{shards:05}") for i in range(shards)]
-    if all(Path(name).exists() for name in names):
+    names = [folder / f"photos-{images}-{i:05}-of-{shards:05}" for i in range(shards)]
+    if all(name.exists() for name in names):
         return pattern
-    made = crops()
-    streams = [open(name, "wb") for name in names]  # noqa: SIM115
-    for number in range(images):
-        features = {"image/encoded": made[number % DISTINCT], "image/class/label": number}
-        write_record(streams[number % shards], serialize_example(features))
-    for stream in streams:
-        stream.close()
+    made = pictures or crops()
+    for shard, name in enumerate(names):
+        scratch = name.with_name(f".{name.name}")
+        with scratch.open("wb") as stream:
+            for number in range(shard, images, shards):
+                features = {
+                    "image/encoded": made[number % len(made)],
+                    "image/class/label": number,
+                }
+                write_record(stream, serialize_example(features))
+        scratch.rename(name)
     return pattern
+
+
+def write_files(folder: Path, images: int) -> str:
+    """`images` files in a folder below `folder`, 1,000 to a folder; returns the whole's path."""
+    whole = folder / f"files-{images}"
+    if whole.exists():
+        return str(whole)
+    scratch = folder / f".files-{images}"
+    for number in range(images):
+        path = scratch / f"{number // 1000:04}" / f"{number:07}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(crops()[number % DISTINCT])
+    scratch.rename(whole)
+    return str(whole)

@@ -1,163 +1,432 @@
 """Ours against the rivals, in turn, on the same pictures and weights.
 
-    python -m benchmarks.throughput --images 2000 12000 --repeat 3 --output docs/throughput
+    python -m benchmarks.throughput --only 'ours_*' 'tfdata_*' --repeat 2
 
-Each contender runs as a process of its own over a small and a large input; what is compared is the
-marginal cost between the two, so that start-up does not count. Writes DIR.json and DIR.md.
+Each contender runs as a process of its own. A loop runs over a small and a large input, and what
+counts is the marginal cost between the two, so that start-up does not; a bare function runs on
+pixels in memory after warming up. Every run is added to docs/performance.json at once, and the
+tables in docs/PERFORMANCE.md are made of all that stands there; parts can be run in any order.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
+import fnmatch
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from benchmarks.pictures import write_records
-from pipeline.demo import build_seeded_model
+from benchmarks.processes import note, run
 
-Command = Callable[[str, str], list[str]]
+PART = "throughput"
+Runs = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models, frozen graphs and output lie, below `folder`; made when asked for."""
+
+    folder: Path
+
+    def _made(self, name: str, *command: str) -> str:
+        path = self.folder / name
+        if not path.exists():
+            note(f"making {name}")
+            scratch = self.folder / f".{name}"
+            shutil.rmtree(scratch, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", *command, str(scratch)], check=True)
+            scratch.rename(path)
+        return str(path)
+
+    def model(self, network: str = "nasnet_mobile", head: str = "classification") -> str:
+        """A TF2 SavedModel with seeded weights, the same for both heads."""
+        export = ("pipeline.models", "export", "--network", network, "--head", head)
+        rest = ("--format", "saved_model", "--seed", "0", "--output")
+        return self._made(f"{network}-{head}", *export, *rest)
+
+    def prepared(self, network: str = "nasnet_mobile") -> str:
+        """The classification model, prepared."""
+        model = self.model(network)
+        return self._made(f"{network}-prepared", "pipeline.models", "prepare", model, "--output")
+
+    def frozen(self) -> str:
+        """nasnet_mobile as rival (a) freezes it, for other engines."""
+        model = self.model()
+        return self._made("nasnet_mobile.pb", "benchmarks.frozen", "--model", model, "--output")
+
+    @property
+    def output(self) -> Path:
+        """Where the job writes."""
+        return self.folder / "output"
+
+
+Command = Callable[[Place, str], list[str]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`shown`: in the table. `command`: of a place and a pattern of TFRecords.
+
+    `steady`: it times itself on pixels in memory. `share`: of the images between small and large.
+    `first`: flags of a short run that tells when the first row could be read in a file.
+    """
+
+    shown: str
+    command: Command
+    steady: bool = False
+    share: float = 1.0
+    first: tuple[str, ...] = ()
+
+
+def _python(module: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", module, *flags]
 
 
 def ours(*flags: str) -> Command:
-    """The job as users run it."""
-    return lambda records, model: [
-        *(sys.executable, "-m", "pipeline.extract", "--input", records, "--model", model),
-        *("--if_exists", "overwrite", "--output", f"{tempfile.gettempdir()}/benchmark-out"),
+    """The job as users run it, on a prepared model."""
+    return lambda place, records: _python(
+        "pipeline.extract",
+        *("--input", records, "--model", place.prepared()),
+        *([] if "null" in flags else ["--output", str(place.output)]),
         *flags,
-    ]
+    )
 
 
-def rival(*flags: str) -> Command:
-    """A loop of benchmarks/rivals.py."""
-    return lambda records, model: [
-        *(sys.executable, "-m", "benchmarks.rivals", *flags, "--records", records, "--model"),
-        model,
-    ]
+def tf_data(*flags: str) -> Command:
+    """Rival (a), its graph frozen once."""
+    return lambda place, records: _python(
+        "benchmarks.rival_tfdata", "--records", records, "--frozen", place.frozen(), *flags
+    )
 
 
-CONTENDERS: dict[str, Command] = {
-    "ours, bfloat16": ours("--precision", "bfloat16", "--jpeg_scaling", "off"),
-    "tf.data + frozen, bfloat16": rival("frozen", "--precision", "bfloat16"),
-    "tf.data + frozen, bfloat16, cheapest pixels": rival(
-        "frozen", "--precision", "bfloat16", "--cheapest"
+def signature(*flags: str) -> Command:
+    """Rival (a) by the signature of the SavedModel."""
+    return lambda place, records: _python(
+        "benchmarks.rival_tfdata", "--records", records, "--signature", place.model(), *flags
+    )
+
+
+def stock(*heads: str) -> Command:
+    """Rival (b), a pass for each of `heads`."""
+    return lambda place, records: _python(
+        "benchmarks.rival_beam",
+        *("--records", records, "--models", *(place.model(head=head) for head in heads)),
+    )
+
+
+def openvino(*flags: str) -> Command:
+    """Rival (c): in a loop where it takes the records."""
+
+    def command(place: Place, records: str) -> list[str]:
+        given = ["--records", records] if "loop" in flags else []
+        rest = [flag for flag in flags if flag != "loop"]
+        return _python("benchmarks.rival_openvino", "--graph", place.frozen(), *given, *rest)
+
+    return command
+
+
+def timm(*flags: str) -> Command:
+    """Rival (d)."""
+    return lambda place, records: _python("benchmarks.rival_timm", *flags)
+
+
+def bare(network: str, precision: str, *flags: str) -> Command:
+    """(e): our function without the job."""
+    return lambda place, records: _python(
+        "benchmarks.bare",
+        *("model", "--model", place.prepared(network), "--precision", precision, *flags),
+    )
+
+
+_FIRST = ("--limit", "16", "--rows_per_file", "8", "--if_exists", "overwrite")
+_FAST = ("--precision", "bfloat16")
+# Rival (a) at its best in one of two ways: two batches at once, a thread each, small enough for the
+# cache; or one batch on all cores, which is TensorFlow's own choice of threads ("plain").
+_LANES = ("--lanes", "2", "--intra", "1", "--batch")
+_OTHER_WAYS = ("plain", "lanes", "eager", "compile")
+_LARGE = ("nasnet_large", "pnasnet_large")
+_BOTH = ("classification", "feature_vector")
+CONTENDERS: dict[str, Contender] = {
+    "ours_bf16": Contender("ours, bfloat16", ours(*_FAST), first=_FIRST),
+    "tfdata_bf16": Contender("tf.data + frozen, bfloat16", tf_data(*_FAST, *_LANES, "32")),
+    "tfdata_bf16_plain": Contender(
+        "tf.data + frozen, bfloat16, one batch on all cores", tf_data(*_FAST)
     ),
-    "ours, float32": ours("--jpeg_scaling", "off"),
-    "ours, float32, embedding alone": ours("--jpeg_scaling", "off", "--outputs", "embedding"),
-    "tf.data + frozen, float32": rival("frozen"),
-    "tf.data + frozen, float32, cheapest pixels": rival("frozen", "--cheapest"),
-    "tf.data + signature, float32": rival("signature"),
+    "tfdata_bf16_cheapest": Contender(
+        "tf.data + frozen, bfloat16, cheapest pixels",
+        tf_data(*_FAST, *_LANES, "32", "--pixels", "cheapest"),
+    ),
+    "ours_f32": Contender("ours, float32", ours(), first=_FIRST),
+    "tfdata_f32": Contender("tf.data + frozen, float32", tf_data(*_LANES, "8")),
+    "tfdata_f32_plain": Contender("tf.data + frozen, float32, one batch on all cores", tf_data()),
+    "tfdata_f32_cheapest": Contender(
+        "tf.data + frozen, float32, cheapest pixels", tf_data(*_LANES, "8", "--pixels", "cheapest")
+    ),
+    "tfdata_signature_lanes": Contender(
+        "tf.data + signature, float32, two batches at once", signature(*_LANES, "8")
+    ),
+    "tfdata_signature": Contender("tf.data + signature, float32", signature()),
+    "ours_bf16_embedding": Contender(
+        "ours, bfloat16, embedding alone", ours(*_FAST, "--outputs", "embedding")
+    ),
+    "ours_f32_embedding": Contender(
+        "ours, float32, embedding alone", ours("--outputs", "embedding")
+    ),
+    "stock_two_passes": Contender(
+        "RunInference over hub.KerasLayer, two passes", stock(*_BOTH), share=0.2
+    ),
+    "bare_bf16": Contender(
+        "our function alone, bfloat16", bare("nasnet_mobile", "bfloat16"), steady=True
+    ),
+    "bare_f32": Contender(
+        "our function alone, float32", bare("nasnet_mobile", "float32"), steady=True
+    ),
+    "decode": Contender(
+        "our decoding alone",
+        lambda place, records: _python("benchmarks.bare", "decode", "--records", records),
+        steady=True,
+    ),
+    "openvino_bf16": Contender(
+        "OpenVINO alone, bfloat16", openvino("--precision", "bfloat16"), steady=True
+    ),
+    "openvino_f32": Contender("OpenVINO alone, float32", openvino(), steady=True),
+    "openvino_loop_bf16": Contender(
+        "decoding + OpenVINO, bfloat16", openvino("--precision", "bfloat16", "loop")
+    ),
+    "openvino_loop_f32": Contender("decoding + OpenVINO, float32", openvino("loop")),
+    "stage_read": Contender(
+        "ours to the end of reading", ours("--sink", "null", "--stop_after", "read")
+    ),
+    "stage_decode": Contender(
+        "ours to the end of decoding", ours("--sink", "null", "--stop_after", "decode")
+    ),
+    "stage_infer_bf16": Contender("ours without writing, bfloat16", ours("--sink", "null", *_FAST)),
+    "stage_infer_f32": Contender("ours without writing, float32", ours("--sink", "null")),
+    **{
+        f"{network}_{short}": Contender(
+            f"{network}: our function alone, {precision}", bare(network, precision), steady=True
+        )
+        for network in _LARGE
+        for short, precision in (("bf16", "bfloat16"), ("f32", "float32"))
+    },
+    **{
+        f"timm_{network}_{short}{way}": Contender(
+            f"{network}: timm, {precision}{way.replace('_', ', ')}",
+            timm("--network", name, "--precision", precision, *flags),
+            steady=True,
+        )
+        for network, name in zip(_LARGE, ("nasnetalarge", "pnasnet5large"), strict=True)
+        for way, *flags in (
+            ("",),
+            ("_lanes", "--lanes", "2", "--threads", "1"),
+            ("_eager", "--way", "eager"),
+            ("_compile", "--way", "compile"),
+        )
+        for short, precision in (("bf16", "bfloat16"), ("f32", "float32"))
+    },
 }
 
 
-def measure(command: list[str]) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak memory (MiB) of one process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    line = process.stdout.read().splitlines()[-1]
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    told = json.loads(line)
-    return {
-        "images": told["images"],
-        "seconds": seconds,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "peak_mib": usage.ru_maxrss / 1024,
-    }
-
-
-def marginal(small: dict[str, float], large: dict[str, float]) -> dict[str, float]:
-    """What each further image costs, and the large run's peak."""
-    images = large["images"] - small["images"]
-    return {
-        "images_per_second": images / (large["seconds"] - small["seconds"]),
-        "cpu_ms_per_image": 1000 * (large["cpu"] - small["cpu"]) / images,
-        "peak_mib": large["peak_mib"],
-        "small_run_seconds": small["seconds"],
-    }
-
-
-def summarise(runs: list[dict[str, float]]) -> dict[str, Any]:
-    """Median, least and most of each figure."""
-    return {
-        name: {
-            "median": statistics.median(run[name] for run in runs),
-            "least": min(run[name] for run in runs),
-            "most": max(run[name] for run in runs),
+def measure(
+    contender: Contender, place: Place, images: Sequence[int], shards: int
+) -> dict[str, Any]:
+    """One turn of a contender: images/s, CPU ms an image, peak MiB, seconds to the first row."""
+    small_size, large_size = images
+    large_size = small_size + int(contender.share * (large_size - small_size))
+    small = write_records(place.folder, small_size, shards)
+    if contender.steady:
+        told = run(contender.command(place, small))
+        return {
+            "images_per_second": told["images"] / told["steady_seconds"],
+            "cpu_ms": 1000 * told["steady_cpu"] / told["images"],
+            "peak_mib": told["peak_mib"],
+            "images": told["images"],
         }
-        for name in runs[0]
+    large = write_records(place.folder, large_size, shards)
+    told = {}
+    for size, records in ((small_size, small), (large_size, large)):
+        shutil.rmtree(place.output, ignore_errors=True)
+        told[size] = run(contender.command(place, records))
+        if told[size]["images"] != size:
+            raise RuntimeError(f"{contender.shown}: {told[size]['images']} images of {size}")
+    first = told[small_size]["first"]
+    if contender.first:
+        command = [*contender.command(place, small), *contender.first]
+        shutil.rmtree(place.output, ignore_errors=True)
+        first = run(command, watch=place.output / "features")["first"]
+    more = {
+        figure: told[large_size][figure] - told[small_size][figure]
+        for figure in ("images", "seconds", "cpu")
+    }
+    return {
+        "images_per_second": more["images"] / more["seconds"],
+        "cpu_ms": 1000 * more["cpu"] / more["images"],
+        "peak_mib": told[large_size]["peak_mib"],
+        "first": first,
+        "small_seconds": told[small_size]["seconds"],
+        "images": more["images"],
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+def table(runs: Runs) -> str:
+    """Every contender that has run."""
     rows = [
-        "| | images/s (least to most) | CPU ms/image | peak MiB | small run, s |",
-        "|---|---|---|---|---|",
+        "| | images/s | CPU ms an image | peak MiB | first row, s | runs of images |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, figures in results.items():
-        rate = figures["images_per_second"]
-        rows.append(
-            f"| {name} | {rate['median']:.0f} ({rate['least']:.0f} to {rate['most']:.0f}) "
-            f"| {figures['cpu_ms_per_image']['median']:.2f} "
-            f"| {figures['peak_mib']['median']:.0f} "
-            f"| {figures['small_run_seconds']['median']:.1f} |"
-        )
+    for name, contender in CONTENDERS.items():
+        if found := runs.get(name):
+            digits = 1 if (results.median(found, "images_per_second") or 0) < 50 else 0
+            first = "-" if contender.steady else results.spread(found, "first", 1)
+            rows.append(
+                f"| {contender.shown} | {results.spread(found, 'images_per_second', digits)} "
+                f"| {results.spread(found, 'cpu_ms', 2)} | {results.spread(found, 'peak_mib')} "
+                f"| {first} | {len(found)} of {found[-1]['images']:.0f} |"
+            )
+    every = [one for name in CONTENDERS for one in runs.get(name, [])]
+    return "\n".join([*rows, "", results.caption(every)])
+
+
+def targets(runs: Runs, cores: int) -> str:
+    """Each target with what was measured; a line only where both sides have run."""
+
+    def rate(name: str) -> float | None:
+        ways = [name, *(f"{name}_{way}" for way in _OTHER_WAYS)]  # a rival counts by its best
+        rates = [results.median(runs.get(way, []), "images_per_second") for way in ways]
+        return max((one for one in rates if one), default=None)
+
+    def ratio(ours: str, rival: str) -> float | None:
+        mine, other = rate(ours), rate(rival)
+        return mine / other if mine and other else None
+
+    def allowed(precision: str) -> float | None:
+        cpu = [
+            results.median(runs.get(name, []), "cpu_ms") for name in ("decode", f"bare_{precision}")
+        ]
+        mine = rate(f"ours_{precision}")
+        return mine * sum(cpu) / 1000 / cores if mine and all(cpu) else None  # type: ignore[arg-type]
+
+    wanted = [
+        ("bfloat16 / rival (a), same pixels", ratio("ours_bf16", "tfdata_bf16"), 1.05),
+        ("bfloat16 / rival (a), cheapest", ratio("ours_bf16", "tfdata_bf16_cheapest"), 1.05),
+        ("bfloat16 / signature in float32", ratio("ours_bf16", "tfdata_signature"), 1.8),
+        ("float32 / rival (a), same pixels", ratio("ours_f32", "tfdata_f32"), 1.05),
+        ("float32 / rival (a), cheapest", ratio("ours_f32", "tfdata_f32_cheapest"), 1.05),
+        ("float32 / rival (b)'s two passes", ratio("ours_f32", "stock_two_passes"), 3.5),
+        ("bfloat16 / rival (b)'s two passes", ratio("ours_bf16", "stock_two_passes"), None),
+        ("bfloat16, share of what the cores allow", allowed("bf16"), 0.92),
+        ("float32, share of what the cores allow", allowed("f32"), 0.92),
+        ("OpenVINO / our function, bfloat16", ratio("openvino_bf16", "bare_bf16"), None),
+        ("OpenVINO / our function, float32", ratio("openvino_f32", "bare_f32"), None),
+        *(
+            (f"{network}, bfloat16 / timm", ratio(f"{network}_bf16", f"timm_{network}_bf16"), 1.2)
+            for network in _LARGE
+        ),
+    ]
+    rows = ["| images/s, medians | measured | target | |", "|---|---|---|---|"]
+    for shown, found, least in wanted:
+        if found is not None:
+            verdict = "" if least is None else "met" if found >= least else "missed"
+            target = "-" if least is None else f"at least {least}"
+            rows.append(f"| {shown} | {found:.2f} | {target} | {verdict} |")
+    for precision in ("bf16", "f32"):
+        cost = ratio(f"ours_{precision}_embedding", f"ours_{precision}")
+        if cost is not None:
+            verdict = "met" if cost <= 1.03 else "missed"
+            shown = f"cost of embedding + logits / embedding alone, {precision}"
+            rows.append(f"| {shown} | {cost:.3f} | at most 1.03 | {verdict} |")
     return "\n".join(rows)
 
 
+def stages(runs: Runs) -> str:
+    """Where an image's CPU time goes, from runs that end earlier, and from parts run alone."""
+
+    def cpu(name: str) -> float | None:
+        return results.median(runs.get(name, []), "cpu_ms")
+
+    rows = [
+        "| CPU ms an image | bfloat16 | float32 |",
+        "|---|---|---|",
+    ]
+    lines: list[tuple[str, Callable[[str], list[float | None]]]] = [
+        ("reading and Beam around it", lambda p: [cpu("stage_read")]),
+        ("decoding (alone: `decode`)", lambda p: [cpu("stage_decode"), cpu("stage_read")]),
+        (
+            "batching, model and rows (alone: `bare`)",
+            lambda p: [cpu(f"stage_infer_{p}"), cpu("stage_decode")],
+        ),
+        ("Parquet, checksums, commit", lambda p: [cpu(f"ours_{p}"), cpu(f"stage_infer_{p}")]),
+        ("in all", lambda p: [cpu(f"ours_{p}")]),
+        ("decoding alone", lambda p: [cpu("decode")]),
+        ("our function alone", lambda p: [cpu(f"bare_{p}")]),
+    ]
+    for shown, parts in lines:
+        cells = []
+        for precision in ("bf16", "f32"):
+            more, *less = parts(precision)
+            known = more is not None and None not in less
+            cells.append(f"{more - sum(less):.2f}" if known else "-")  # type: ignore[operator, arg-type]
+        rows.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def show(folder: Path) -> None:
+    """Write the tables of all that has been measured."""
+    runs: Runs = results.read(folder).get(PART, {})
+    cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
+    results.show(folder, "throughput", table(runs))
+    results.show(folder, "targets", targets(runs, cores))
+    results.show(folder, "stages", stages(runs))
+
+
 def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, nargs=2, default=(2000, 12000))
+    """Measure, and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=["*"], help="names, or patterns of them")
+    parser.add_argument("--images", type=int, nargs=2, default=(500, 10500))
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", action="append", help="a part of a contender's name")
-    parser.add_argument("--model", help="a TF2 SavedModel; default nasnet_mobile, seeded")
-    parser.add_argument("--work", default=f"{tempfile.gettempdir()}/benchmark")
-    parser.add_argument("--output", help="where to write, without an ending")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="forget earlier runs of these")
+    parser.add_argument("--list", action="store_true", help="the contenders' names, and no run")
+    parser.add_argument("--make", action="store_true", help="inputs and models only, and no run")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "benchmark")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
     request = parser.parse_args()
-    work = Path(request.work)
-    model = request.model or str(work / "nasnet_mobile")
-    build_seeded_model(model)
-    records = [write_records(work, images, request.shards) for images in request.images]
     chosen = {
-        name: command
-        for name, command in CONTENDERS.items()
-        if not request.only or any(part in name for part in request.only)
+        name: contender
+        for name, contender in CONTENDERS.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in request.only)
     }
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    if request.list:
+        print("\n".join(f"{name:24} {contender.shown}" for name, contender in chosen.items()))
+        return
+    place = Place(request.work)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    small, large = request.images
+    for contender in chosen.values():  # nothing is made while others are measured
+        size = small + int(contender.share * (large - small))
+        write_records(place.folder, small, request.shards)
+        contender.command(place, write_records(place.folder, size, request.shards))
+    if request.make:
+        return
     for turn in range(request.repeat):
-        for name, command in chosen.items():
-            small, large = (measure(command(pattern, model)) for pattern in records)
-            runs[name].append(marginal(small, large))
-            rate = runs[name][-1]
-            sys.stderr.write(f"{turn + 1}: {name}: {rate['images_per_second']:.0f} images/s\n")
-    results = {name: summarise(figures) for name, figures in runs.items()}
-    print(table(results))
-    if request.output:
-        told = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in ("tensorflow", "apache-beam", "pillow")},
-            "images": request.images,
-            "repeat": request.repeat,
-            "results": results,
-        }
-        Path(f"{request.output}.json").write_text(json.dumps(told, indent=1) + "\n")
-        Path(f"{request.output}.md").write_text(table(results) + "\n")
+        for name, contender in chosen.items():
+            try:
+                figures = measure(contender, place, request.images, request.shards)
+            except RuntimeError as error:  # one rival's failure costs no other's figures
+                note(f"{name}: {error}")
+                continue
+            results.add(request.results, PART, name, figures, request.fresh and turn == 0)
+            rate, cpu = figures["images_per_second"], figures["cpu_ms"]
+            note(f"{turn + 1}: {name}: {rate:.1f} images/s, CPU {cpu:.2f} ms an image")
+    show(request.results)
 
 
 if __name__ == "__main__":

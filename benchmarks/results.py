@@ -1,0 +1,114 @@
+"""What was measured: docs/performance.json holds it, docs/PERFORMANCE.md shows it between markers.
+
+A part of the document stands between `<!-- measured: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import load
+
+ROOT = Path(__file__).parents[1]
+DATA = Path("docs/performance.json")
+PAGE = Path("docs/PERFORMANCE.md")
+_PACKAGES = ("tensorflow", "apache-beam", "pillow", "numpy", "openvino", "torch", "timm")
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and when: machine, versions, commit, load."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    family = re.search(r"cpu family\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    model = f"{cpu[1]}, family {family[1] if family else '?'}" if cpu else platform.machine()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": f"{model}, {memory:.0f} GiB",
+        "python": platform.python_version(),
+        "versions": found,
+        "commit": commit,
+        "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "load": round(load(), 1),
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `folder` (the checkout, or one that only has the two files) holds so far."""
+    path = folder / DATA
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def add(folder: Path, part: str, name: str, run: dict[str, Any], fresh: bool = False) -> None:
+    """Add `run`, with its circumstances, to the runs of `name` in `part`; at once, on disk."""
+    data = read(folder)
+    runs = data.setdefault(part, {}).setdefault(name, [])
+    if fresh:
+        runs.clear()
+    runs.append({**run, "of": circumstances()})
+    path = folder / DATA
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(data, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def show(folder: Path, part: str, text: str) -> None:
+    """Print `text` and put it in its place in the page, where there is one."""
+    print(text)
+    path = folder / PAGE
+    if not path.exists():
+        return
+    page = path.read_text()
+    place = re.compile(rf"(<!-- measured: {part} -->\n).*?(<!-- end -->)", re.DOTALL)
+    path.write_text(place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page))
+
+
+def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
+    """The median of a figure that some runs have."""
+    values = [run[figure] for run in runs if run.get(figure) is not None]
+    return statistics.median(values) if values else None
+
+
+def spread(runs: Iterable[dict[str, Any]], figure: str, digits: int = 0) -> str:
+    """Median (least to most) of a figure, `-` where there is none."""
+    values = [run[figure] for run in runs if run.get(figure) is not None]
+    if not values:
+        return "-"
+    middle = f"{statistics.median(values):.{digits}f}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def caption(runs: Iterable[dict[str, Any]]) -> str:
+    """One paragraph: machine, versions, commits, times and loads of `runs`."""
+    of = [run["of"] for run in runs]
+    if not of:
+        return ""
+    last = max(of, key=lambda one: one["at"])
+    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    commits = ", ".join(sorted({one["commit"] for one in of}))
+    loads = [one["load"] for one in of]
+    return (
+        f"{last['machine']}, {last['cores']} cores; Python {last['python']}, {versions}. "
+        f"Commits {commits}; {min(one['at'] for one in of)} to {last['at']} UTC, load average "
+        f"{min(loads)} to {max(loads)} after each run."
+    )
