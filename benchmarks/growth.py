@@ -1,0 +1,106 @@
+"""What more images, more shards and smaller files cost: memory and CPU an image, ours alone.
+
+    python -m benchmarks.growth --only memory
+    python -m benchmarks.growth --only images shards files --repeat 1
+
+memory: the peak of the process tree at 2,000 and 20,000 images. images: what an image costs from
+500 to 2,000 and from 2,000 to 50,000. shards: 10,000 images in 1 file and in 500. files: the same
+as 10,000 JPEG files against 4 TFRecords. Start-up is taken off by a run over 500 images. Runs are
+added to docs/performance.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.pictures import write_files, write_records
+from benchmarks.processes import note, run
+from benchmarks.throughput import Place, ours
+
+PART = "growth"
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def inputs(
+    small: int, large: int, huge: int, many: int
+) -> dict[str, tuple[str, Callable[..., str], tuple[int, int]]]:
+    """Case -> what it belongs to, what makes its input below a folder, (images, shards)."""
+    base = 500
+    return {
+        "base": ("memory images shards files", write_records, (base, 4)),
+        "small": ("memory images", write_records, (small, 4)),
+        "large": ("memory", write_records, (large, 4)),
+        "huge": ("images", write_records, (huge, 4)),
+        "one_shard": ("shards", write_records, (many, 1)),
+        "500_shards": ("shards", write_records, (many, 500)),
+        "few_records": ("files", write_records, (many, 4)),
+        "many_files": ("files", write_files, (many, 0)),
+    }
+
+
+def table(runs: Runs) -> str:
+    """What was measured, in Markdown."""
+    rows = [
+        "| | images | images/s, start-up taken off | CPU ms an image | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    base = runs.get("base", [])
+    for name, found in runs.items():
+        if name == "base" or not base:
+            continue
+        fewer = {figure: results.median(base, figure) for figure in ("images", "seconds", "cpu")}
+        more = [{figure: one[figure] - fewer[figure] for figure in fewer} for one in found]
+        rates = [
+            {"rate": m["images"] / m["seconds"], "cpu_ms": 1000 * m["cpu"] / m["images"]}
+            for m in more
+        ]
+        rows.append(
+            f"| {name.replace('_', ' ')} | {found[-1]['images']} "
+            f"| {results.spread(rates, 'rate')} | {results.spread(rates, 'cpu_ms', 2)} "
+            f"| {results.spread(found, 'peak_mib')} |"
+        )
+    every = [one for found in runs.values() for one in found]
+    return "\n".join([*rows, "", results.caption(every)])
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cases = ("memory", "images", "shards", "files")
+    parser.add_argument("--only", nargs="*", default=list(cases), choices=cases)
+    parser.add_argument("--images", type=int, nargs=4, default=(2000, 20000, 50000, 10000))
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="forget earlier runs of these")
+    parser.add_argument("--make", action="store_true", help="inputs and models only, and no run")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "benchmark")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
+    request = parser.parse_args()
+    place = Place(request.work)
+    commands = {}
+    for name, (belongs, write, (images, shards)) in inputs(*request.images).items():
+        if set(belongs.split()) & set(request.only):
+            folder = place.folder / f"shards-{shards}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pattern = write(folder, images, shards) if shards else write(folder, images)
+            commands[name] = ours("--precision", request.precision)(place, pattern)
+    if request.make:
+        return
+    for turn in range(request.repeat):
+        for name, command in commands.items():
+            shutil.rmtree(place.output, ignore_errors=True)
+            told = run(command)
+            kept = {figure: told[figure] for figure in ("images", "seconds", "cpu", "peak_mib")}
+            results.add(request.results, PART, name, kept, request.fresh and turn == 0)
+            note(f"{name}: {kept['seconds']:.1f} s, {kept['peak_mib']:.0f} MiB")
+    results.show(request.results, "growth", table(results.read(request.results).get(PART, {})))
+
+
+if __name__ == "__main__":
+    main()

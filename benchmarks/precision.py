@@ -1,0 +1,107 @@
+"""How far bfloat16 is from float32 on real photographs, for every network and vector.
+
+    python -m benchmarks.precision --networks nasnet_mobile nasnet_large
+
+Seeded weights, the photographs of the scikit-image package. Each network and precision runs in a
+process of its own. cosine: the least and the mean over the photographs. relative error: the
+largest |bfloat16 - float32| of a photograph's vector over its largest |float32|, and the worst of
+all; and the length of the difference over the length of the vector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.processes import note
+from benchmarks.throughput import Place
+
+PART = "precision"
+NETWORKS = ("nasnet_mobile", "pnasnet_mobile", "nasnet_large", "pnasnet_large")
+
+
+def compare(fast: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Cosine and relative errors of `fast` against `exact`, both [N, width]."""
+    fast, exact = fast.astype(np.float64), exact.astype(np.float64)
+    lengths = np.linalg.norm(fast, axis=1) * np.linalg.norm(exact, axis=1)
+    cosine = (fast * exact).sum(1) / lengths
+    apart = np.abs(fast - exact).max(1) / np.abs(exact).max(1)
+    relative = np.linalg.norm(fast - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    same = float((fast.argmax(1) == exact.argmax(1)).mean())
+    return {
+        "least_cosine": float(cosine.min()),
+        "mean_cosine": float(cosine.mean()),
+        "largest_error": float(apart.max()),
+        "relative_length": float(relative.max()),
+        "same_largest": same,
+        "photographs": len(exact),
+    }
+
+
+def vectors(model: str, precision: str, file: str) -> None:
+    """Write the vectors of all photographs by `model` to the .npz `file`."""
+    from formats.image import Preprocessing, decode_image
+    from models.loading import LoadSpec, load
+    from pipeline.demo import photographs
+
+    loaded = load(LoadSpec(model, precision=precision))
+    how = Preprocessing(loaded.info.image_size)
+    pixels = np.stack([decode_image(data, how)[0] for _, data in photographs()])
+    found = [loaded(pixels[at : at + 5]) for at in range(0, len(pixels), 5)]
+    np.savez(file, **{name: np.concatenate([one[name] for one in found]) for name in found[0]})  # type: ignore[arg-type]
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """What was measured, in Markdown."""
+    rows = [
+        "| network, vector | least cosine | mean cosine | largest error / largest value "
+        "| length of the error / of the vector | same largest entry |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in runs.items():
+        last = found[-1]
+        rows.append(
+            f"| {name} | {last['least_cosine']:.5f} | {last['mean_cosine']:.5f} "
+            f"| {last['largest_error']:.2%} | {last['relative_length']:.2%} "
+            f"| {last['same_largest']:.0%} |"
+        )
+    every = [found[-1] for found in runs.values()]
+    count = f"{every[-1]['photographs']} photographs. " if every else ""
+    return "\n".join([*rows, "", count + results.caption(every)])
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="*", default=NETWORKS, choices=NETWORKS)
+    parser.add_argument("--vectors", nargs=3, metavar=("MODEL", "PRECISION", "FILE"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "benchmark")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
+    request = parser.parse_args()
+    if request.vectors:
+        return vectors(*request.vectors)
+    place = Place(request.work)
+    for network in request.networks:
+        model = place.prepared(network)
+        made = {}
+        for precision in ("float32", "bfloat16"):
+            file = place.folder / f"{network}-{precision}.npz"
+            own = [sys.executable, "-m", "benchmarks.precision", "--vectors"]
+            subprocess.run([*own, model, precision, str(file)], check=True)
+            made[precision] = np.load(file)
+        for name in made["float32"]:
+            figures = compare(made["bfloat16"][name], made["float32"][name])
+            results.add(request.results, PART, f"{network}, {name}", figures)
+            note(f"{network}, {name}: cosine {figures['least_cosine']:.5f}")
+    results.show(request.results, PART, table(results.read(request.results)[PART]))
+
+
+if __name__ == "__main__":
+    main()
