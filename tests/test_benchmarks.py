@@ -1,0 +1,150 @@
+"""The benchmarks' bookkeeping: processes, results, tables. Nothing here measures speed."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import growth, precision, processes, results, throughput
+
+SPAWNS = """
+import json, subprocess, sys, time
+child = "x = bytearray(200 << 20); import time; time.sleep(1)"
+subprocess.run([sys.executable, "-c", child])
+print("chatter")
+print(json.dumps({"images": 3, "first_at": time.time()}))
+"""
+
+
+def test_a_process_is_measured_with_what_it_starts():
+    told = processes.run([sys.executable, "-c", SPAWNS])
+    assert told["images"] == 3
+    assert told["peak_mib"] > 200
+    assert 0 < told["first"] <= told["seconds"]
+    assert told["cpu"] > 0
+
+
+def test_the_first_file_tells_when_the_first_row_was_there(tmp_path):
+    code = f"import time; time.sleep(0.2); open('{tmp_path}/part-1', 'w').close()"
+    told = processes.run(
+        [sys.executable, "-c", f"{code}; time.sleep(0.2); print('{{}}')"], tmp_path
+    )
+    assert 0.2 <= told["first"] <= told["seconds"]
+
+
+def test_a_failure_is_told_with_its_last_words():
+    with pytest.raises(RuntimeError, match="no such rival"):
+        processes.run([sys.executable, "-c", "raise SystemExit('no such rival')"])
+
+
+def test_what_hangs_is_killed():
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        processes.run([sys.executable, "-c", "import time; time.sleep(60)"], limit=0.3)
+
+
+def test_runs_add_up_on_disk_until_fresh_ones_replace_them(tmp_path):
+    for rate in (1, 2):
+        results.add(tmp_path, "part", "ours", {"rate": rate})
+    runs = results.read(tmp_path)["part"]["ours"]
+    assert [run["rate"] for run in runs] == [1, 2]
+    assert {"machine", "versions", "commit", "load"} <= set(runs[0]["of"])
+    results.add(tmp_path, "part", "ours", {"rate": 3}, fresh=True)
+    assert [run["rate"] for run in results.read(tmp_path)["part"]["ours"]] == [3]
+
+
+def test_a_table_replaces_its_own_part_of_the_page_alone(tmp_path, capsys):
+    page = tmp_path / results.PAGE
+    page.parent.mkdir()
+    page.write_text(
+        "a\n<!-- measured: x -->\nold\n<!-- end -->\nb\n<!-- measured: y -->\n<!-- end -->"
+    )
+    results.show(tmp_path, "x", r"new \1")
+    assert page.read_text() == (
+        "a\n<!-- measured: x -->\nnew \\1\n<!-- end -->\nb\n<!-- measured: y -->\n<!-- end -->"
+    )
+    assert capsys.readouterr().out == "new \\1\n"
+
+
+def test_every_part_of_the_page_is_made_by_a_benchmark():
+    page = (results.ROOT / results.PAGE).read_text()
+    parts = {"throughput", "targets", "stages", growth.PART, precision.PART}
+    parts |= {"startup", "large_pictures"}
+    assert all(page.count(f"<!-- measured: {part} -->\n") == 1 for part in parts)
+    assert page.count("<!-- measured: ") == page.count("<!-- end -->") == len(parts)
+
+
+def test_median_and_spread_pass_over_what_was_not_measured():
+    runs = [{"s": 3.0}, {"s": None}, {"s": 1.0}, {}, {"s": 2.0}]
+    assert results.median(runs, "s") == 2
+    assert results.spread(runs, "s", 1) == "2.0 (1.0 to 3.0)"
+    assert results.spread(runs, "other") == "-"
+
+
+OF = {
+    "cores": 2,
+    "machine": "m",
+    "python": "3",
+    "versions": {},
+    "commit": "c",
+    "at": "t",
+    "load": 0,
+}
+
+
+def ran(*rates, cpu_ms=8.0):
+    common = {"cpu_ms": cpu_ms, "peak_mib": 1.0, "first": 5.0, "images": 10_000, "of": OF}
+    return [{"images_per_second": rate, **common} for rate in rates]
+
+
+def test_targets_are_held_against_medians_and_told_where_both_sides_ran():
+    runs = {
+        "ours_bf16": ran(210, 220, 260),
+        "ours_bf16_embedding": ran(230),
+        "tfdata_bf16": ran(200),
+        "tfdata_signature": ran(130),
+        "decode": ran(1000, cpu_ms=1.0),
+        "bare_bf16": ran(250, cpu_ms=7.0),
+    }
+    rows = throughput.targets(runs, cores=2).splitlines()[2:]
+    told = {cells[1]: cells[2:5] for cells in ([c.strip() for c in row.split("|")] for row in rows)}
+    assert told == {
+        "bfloat16 / rival (a), same pixels": ["1.10", "at least 1.05", "met"],
+        "bfloat16 / signature in float32": ["1.69", "at least 1.8", "missed"],
+        "bfloat16, share of what the cores allow": ["0.88", "at least 0.92", "missed"],
+        "cost of embedding + logits / embedding alone, bf16": ["1.045", "at most 1.03", "missed"],
+    }
+
+
+def test_a_stage_costs_what_it_adds():
+    runs = {
+        "stage_read": ran(1, cpu_ms=0.5),
+        "stage_decode": ran(1, cpu_ms=2.5),
+        "stage_infer_bf16": ran(1, cpu_ms=10.0),
+        "ours_bf16": ran(1, cpu_ms=10.25),
+    }
+    cells = [row.split("|")[2].strip() for row in throughput.stages(runs).splitlines()[2:]]
+    assert cells == ["0.50", "2.00", "7.50", "0.25", "10.25", "-", "-"]
+
+
+def test_growth_takes_start_up_off():
+    runs = {
+        "base": [{"images": 500, "seconds": 10, "cpu": 15, "peak_mib": 900, "of": OF}],
+        "small": [{"images": 2000, "seconds": 20, "cpu": 30, "peak_mib": 950, "of": OF}],
+    }
+    assert "| small | 2000 | 150 | 10.00 | 950 |" in growth.table(runs)
+
+
+def test_vectors_are_compared_photograph_by_photograph():
+    exact = np.array([[3.0, 4.0], [0.0, 10.0]])
+    told = precision.compare(np.array([[3.0, 4.0], [0.5, 9.0]]), exact)
+    assert told["least_cosine"] == pytest.approx(9 / np.hypot(0.5, 9))
+    assert told["largest_error"] == pytest.approx(0.1)
+    assert told["relative_length"] == pytest.approx(np.hypot(0.5, 1) / 10)
+    assert told["same_largest"] == 1
+
+
+def test_both_sides_of_every_ratio_are_contenders():
+    rates = {name: ran(100) for name in throughput.CONTENDERS}
+    rows = throughput.targets(rates, cores=2).splitlines()[2:]
+    assert len(rows) == 15
+    assert throughput.table(rates).count("\n| ") == len(throughput.CONTENDERS)
