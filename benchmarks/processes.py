@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,19 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_EVERY = 0.25  # seconds between two looks at the memory
+_EVERY = 1.0  # seconds between two looks at the memory, each of a few milliseconds
 _MIB = 1 << 20
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def run(command: Sequence[str], watch: Path | None = None, limit: float = 600) -> dict[str, Any]:
     """Run `command` to its end; what its last line of stdout tells (JSON), and beside it:
 
-    `seconds`: wall clock. `cpu`: seconds of the process and its children. `peak_mib`: resident
-    memory of the process and all below it, sampled, at least its own true peak. `first`: seconds
-    until the first file appeared below `watch`, else from the `first_at` that it told (seconds
-    since 1970). Raises RuntimeError with the end of stderr where the command fails, or is killed
-    after `limit` seconds.
+    `seconds`: wall clock. `cpu`: seconds of the process and all below it, also of those
+    that it leaves behind (these up to the last look). `peak_mib`: memory of the process and all
+    below it, what they share counted once (PSS), sampled; at least the process's own true peak.
+    `first`: seconds until the first file appeared below `watch`, else until the `first_at` that it
+    told (seconds since 1970). Raises RuntimeError with the end of stderr where the command fails,
+    or is killed after `limit` seconds.
     """
     start, clock = time.time(), time.perf_counter()
     process = subprocess.Popen(
@@ -52,6 +54,8 @@ def run(command: Sequence[str], watch: Path | None = None, limit: float = 600) -
     process.returncode = os.waitstatus_to_exitcode(status)
     looker.end.set()
     looker.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it left behind would disturb the next
     reader.join()
     if process.returncode or not told:
         tail = b"".join(noise)[-2000:].decode(errors="replace")
@@ -61,7 +65,7 @@ def run(command: Sequence[str], watch: Path | None = None, limit: float = 600) -
     return {
         **line,
         "seconds": seconds,
-        "cpu": usage.ru_utime + usage.ru_stime,
+        "cpu": max(usage.ru_utime + usage.ru_stime, looker.cpu),
         "peak_mib": max(usage.ru_maxrss * 1024, looker.peak) / _MIB,
         "first": first_at - start if first_at else None,
     }
@@ -76,14 +80,18 @@ class _Looker(threading.Thread):
         self._watch = watch
         self.end = threading.Event()
         self.peak = 0
+        self.cpu = 0.0
         self.first_at: float | None = None
 
     def run(self) -> None:
-        every = 0.02 if self._watch else _EVERY
-        looked = 0.0
+        every = 0.02 if self._watch else _EVERY / 4
+        looked = looked_at_cpu = 0.0
         while not self.end.wait(every):
             if self._watch and self.first_at is None and any(self._watch.glob("part-*")):
                 self.first_at = time.time()
+            if time.monotonic() - looked_at_cpu > _EVERY / 4:
+                looked_at_cpu = time.monotonic()
+                self.cpu = max(self.cpu, sum(map(_cpu, _tree(self._pid))))
             if time.monotonic() - looked > _EVERY:
                 looked = time.monotonic()
                 self.peak = max(self.peak, sum(map(_resident, _tree(self._pid))))
@@ -109,11 +117,21 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
+def _cpu(pid: int) -> float:
+    """CPU seconds of `pid` and of those below it that it has waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11:15])) / _TICKS  # utime, stime, cutime, cstime
+
+
 def _resident(pid: int) -> int:
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
-    except (OSError, IndexError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
         return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 def load() -> float:

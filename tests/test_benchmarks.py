@@ -9,7 +9,7 @@ from benchmarks import growth, precision, processes, results, throughput
 
 SPAWNS = """
 import json, subprocess, sys, time
-child = "x = bytearray(200 << 20); import time; time.sleep(1)"
+child = "x = bytearray(200 << 20); import time; time.sleep(2.5)"
 subprocess.run([sys.executable, "-c", child])
 print("chatter")
 print(json.dumps({"images": 3, "first_at": time.time()}))
@@ -22,6 +22,23 @@ def test_a_process_is_measured_with_what_it_starts():
     assert told["peak_mib"] > 200
     assert 0 < told["first"] <= told["seconds"]
     assert told["cpu"] > 0
+
+
+LEAVES_ONE_BEHIND = """
+import os, subprocess, sys, time
+child = "import time\\nwhile time.process_time() < 1.5: pass\\ntime.sleep(5)"
+subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.DEVNULL)
+start = time.time()
+while time.time() < start + 4:
+    time.sleep(0.1)
+print("{}", flush=True)
+os._exit(0)
+"""
+
+
+def test_the_work_of_a_process_that_is_left_behind_counts():
+    told = processes.run([sys.executable, "-c", LEAVES_ONE_BEHIND])
+    assert told["cpu"] > 1
 
 
 def test_the_first_file_tells_when_the_first_row_was_there(tmp_path):
