@@ -222,6 +222,9 @@ def interrupted(world: World, calm: Calm, number: signal.Signals) -> Row:
         except subprocess.TimeoutExpired:
             process.kill()
             code = finish(process).code
+        # The processes that decode are ended by the kernel once the job is gone.
+        while session(process.pid) and time.monotonic() - begun < _PATIENCE:
+            time.sleep(0.01)
         slowest = max(slowest, time.monotonic() - begun)
         phases[phase := phase_of(calm, output)] += 1
         # Before the program's first line Python's own answer stands, which a shell shows alike.
