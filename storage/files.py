@@ -288,13 +288,13 @@ class NewFile:
 
         With `for_good` no thread can make a further one: the process is about to end.
         """
-        cls._making.acquire(timeout=5)  # a disk that hangs must not hold the end back
+        held = cls._making.acquire(timeout=5)  # a disk that hangs must not hold the end back
         for temporary in list(cls._open):
             if os.path.isdir(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
                 Path(temporary).unlink(missing_ok=True)
-        if not for_good:
+        if held and not for_good:
             cls._making.release()
 
     @classmethod
