@@ -265,6 +265,11 @@ def measure(
         figure: told[large_size][figure] - told[small_size][figure]
         for figure in ("images", "seconds", "cpu")
     }
+    if min(more.values()) <= 0:
+        raise RuntimeError(
+            f"{contender.shown}: {large_size} images cost no more than {small_size}; "
+            "give --images further apart, on a quieter machine"
+        )
     return {
         "images_per_second": more["images"] / more["seconds"],
         "cpu_ms": 1000 * more["cpu"] / more["images"],
