@@ -161,13 +161,13 @@ def unsafe_operations(directory: str) -> list[str]:
     return unsafe_ops(read_proto(directory))
 
 
-def default_batch_size(image_size: int, precision: str) -> int:
-    """Images a batch for this machine.
+def default_batch_size(image_size: int, precision: str, on_gpu: bool = bool(GPUS)) -> int:
+    """Images a batch for this machine, or for one that has a GPU or none.
 
     On CPU as many as leave their activations in the cache, and bfloat16's are half as large; a GPU
     wants more.
     """
-    if GPUS:
+    if on_gpu:
         return 256
     return 16 if precision == "bfloat16" and image_size < 300 else 8
 

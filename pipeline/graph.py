@@ -27,6 +27,7 @@ class Plan:
     """Everything that is decided before the graph is built; `started` in seconds since 1970.
 
     `isolation`: what decoding may take in processes of its own; None: it happens in threads.
+    `accelerator`: Beam's resource hint of the steps that run the model, None for none.
     """
 
     sources: tuple[Source, ...]
@@ -44,6 +45,7 @@ class Plan:
     started: float
     sink: str = "parquet"
     stop_after: str | None = None
+    accelerator: str | None = None
 
 
 class JobOptions(PipelineOptions):
@@ -72,7 +74,10 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     if plan.stop_after == "decode":
         return count(decoded.images, [read.failures, decoded.failures])
     handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype)
-    extracted = decoded.images | ExtractFeatures(handler)
+    extract = ExtractFeatures(handler)
+    if plan.accelerator:  # fused with what is around it: no pixels move for it
+        extract = extract.with_resource_hints(accelerator=plan.accelerator)
+    extracted = decoded.images | extract
     if plan.sink == "null":
         failures = [read.failures, decoded.failures, extracted.failures]
         return count(extracted.features, failures, plan.table)

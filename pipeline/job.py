@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from formats import dataset
 from formats.timing import advice
-from pipeline import preflight
+from pipeline import dataflow, preflight
 from pipeline.options import Options
 from storage import files
 from storage.errors import RequestError, RunError
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 COMPLETE, TOO_MANY, FAILED, DRY_RUN = "complete", "too_many_failures", "failed", "dry_run"
 COUNTED = "counted"  # --sink null
-EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, FAILED: 1, TOO_MANY: 3}
+SUBMITTED = "submitted"  # handed to a service, and not waited for
+EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, SUBMITTED: 0, FAILED: 1, TOO_MANY: 3}
 
 log = logging.getLogger("pipeline")
 
@@ -42,11 +43,16 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             return summary(plan.publication.output, DRY_RUN, None, started)
     except (RunError, OSError, pa.ArrowException) as error:
         raise RequestError(failure_line(error)) from error
+    waited = dataflow.is_waited_for(beam_args)
     try:
         result = run_graph(plan, beam_args)
         if plan.sink == "null":
+            if not waited:
+                return summary(None, SUBMITTED, None, started)
             return summary(None, *counted(result, options), started)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
+        if verdict is None and not waited:
+            return summary(plan.publication.output, SUBMITTED, None, started)
         if verdict is None:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
         if verdict["status"] == COMPLETE:
@@ -57,7 +63,7 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         log.error("%s", failure_line(error))
         return summary(plan.publication.output, FAILED, None, started)
     finally:
-        if plan.finished:
+        if plan.finished and waited:  # else the job reads it yet, and its commit removes it
             files.delete([plan.finished])
 
 
@@ -76,6 +82,8 @@ def run_graph(plan: Plan, beam_args: Sequence[str]) -> Any:
 
     from pipeline import graph
 
+    if dataflow.is_dataflow(beam_args):
+        beam_args = dataflow.completed(beam_args)
     beam_options = graph.JobOptions(list(beam_args))
     standard = beam_options.view_as(StandardOptions)
     standard.runner = preflight.runner_of(standard.runner)

@@ -204,6 +204,13 @@ class Options:
         type=int,
         why="chosen for the device: 8 or 16 on CPU, whose cache holds no more; 256 on GPU",
     )
+    gpu: str | None = knob(
+        None,
+        "on Dataflow, the GPU of the workers that run the model, as its service names it: "
+        "nvidia-tesla-t4, nvidia-l4, ...; other runners use what GPU there is",
+        metavar="TYPE",
+        why="none: CPUs, unless Beam's flags ask for an accelerator",
+    )
     embedding_dtype: str = knob(
         "float32",
         "element type of the written vectors",
@@ -347,6 +354,8 @@ class Options:
             raise RequestError(
                 f"--stop_after {self.stop_after}: no rows would be there to write; give --sink null"
             )
+        if self.gpu is not None and not re.fullmatch(r"[a-z0-9-]+", self.gpu):
+            raise RequestError(f"--gpu {self.gpu}: a type alone, such as nvidia-tesla-t4")
         if self.model_sha256 and not re.fullmatch("[0-9a-f]{64}", self.model_sha256):
             raise RequestError(f"--model_sha256 {self.model_sha256}: 64 lower-case hex digits")
         if not self.formats:

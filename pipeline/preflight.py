@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import io
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from formats.isolation import Limits, shared_processes
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text
 from models import handles
+from pipeline import dataflow
 from pipeline.options import Options
 from storage import files
 from storage.errors import RequestError
@@ -48,6 +50,17 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     if any(map(files.is_remote, stored)) or beam_args:
         _check_beam_flags(beam_args)
         files.configure_stores(beam_args)
+    workers = None
+    if beam_args and dataflow.is_dataflow(beam_args):
+        dataflow.check(options, beam_args)
+        workers = dataflow.workers(options, beam_args)
+        if dataflow.unbounded(beam_args):
+            log.warning("--max_num_workers is not given: the service's own bound is thousands")
+    elif options.gpu:
+        raise RequestError(
+            f"--gpu {options.gpu}: asks Dataflow for one, and only it; other runners use the GPU "
+            "that their workers have; leave it out"
+        )
     before = _check_output(output, options.if_exists) if writes else None
     handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
@@ -73,9 +86,10 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Hints(options.image_size, options.value_range),
         options.allow_unsafe_ops,
         options.precision,
-        options.inference_threads or default_copies(),
+        options.inference_threads or _copies(workers) or default_copies(),
     )
-    info = load(spec).info
+    # What another machine will run is only looked at here.
+    info = load(dataclasses.replace(spec, copies=1) if workers else spec).info
     _check_classes(options, info, names)
     if options.top_k and options.outputs:
         spec = dataclasses.replace(spec, outputs=tuple(sorted({*options.outputs, "logits"})))
@@ -162,7 +176,10 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         preprocessing,
         _isolation(options),
         spec,
-        options.batch_size or default_batch_size(info.image_size, options.precision),
+        options.batch_size
+        or default_batch_size(
+            info.image_size, options.precision, *([workers.gpu] if workers else [])
+        ),
         table,
         options.rows_per_file,
         metadata,
@@ -181,11 +198,13 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
                 "warnings": [hide(warning) for warning in warnings],
             },
             resumed.kept,
-            resumed.retired,
+            # The launcher may have left by then, and with it whoever else would remove this.
+            (*resumed.retired, *([os.path.basename(finished)] if finished and workers else [])),
         ),
         started,
         options.sink,
         options.stop_after,
+        dataflow.accelerator(options.gpu),
     )
 
 
@@ -194,6 +213,11 @@ def _isolation(options: Options) -> Limits | None:
         return None
     largest = max(_BYTES_PER_PIXEL * options.max_image_pixels, _LEAST_MEMORY)
     return Limits(options.decode_seconds, options.decode_memory or largest)
+
+
+def _copies(workers: dataflow.Workers | None) -> int | None:
+    """Batches at once on workers of another machine; None where they are this one."""
+    return (1 if workers.gpu else workers.cores) if workers else None
 
 
 def runner_of(name: str | None) -> str:
