@@ -74,7 +74,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     if plan.stop_after == "decode":
         return count(decoded.images, [read.failures, decoded.failures])
     handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype)
-    extract = ExtractFeatures(handler)
+    extract: beam.PTransform = ExtractFeatures(handler)
     if plan.accelerator:  # fused with what is around it: no pixels move for it
         extract = extract.with_resource_hints(accelerator=plan.accelerator)
     extracted = decoded.images | extract

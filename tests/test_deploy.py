@@ -1,0 +1,223 @@
+"""The images and the Flex Template: versions that agree, and files that hold what they name.
+
+No image was built here: there is no Docker daemon.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_house import pins
+
+import pipeline
+from pipeline import options
+from pipeline.beam_flags import BEAM_FLAGS
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+RUNBOOK = (ROOT / "deploy" / "README.md").read_text()
+
+
+def arguments(text: str) -> dict[str, str]:
+    """The ARGs of a Dockerfile that have a value."""
+    return dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.M))
+
+
+def stage(name: str) -> str:
+    """The instructions of a stage of the Dockerfile, without those it builds on."""
+    return re.split(r"^FROM ", DOCKERFILE.split(f" AS {name}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+
+
+def environment(name: str) -> dict[str, str]:
+    """The variables that a stage sets."""
+    joined = stage(name).replace("\\\n", " ")
+    settings = " ".join(re.findall(r"^ENV (.*)$", joined, re.M))
+    return dict(re.findall(r"(\w+)=(\S+)", settings))
+
+
+def disagreements(dockerfile: str, lock: dict[str, set[str]], runbook: str) -> list[str]:
+    """Where the versions of image, lock and runbook differ."""
+    given = arguments(dockerfile)
+    wrong = []
+    if lock["apache-beam"] != {given["BEAM_VERSION"]}:
+        wrong.append(f"Beam {given['BEAM_VERSION']} of {lock['apache-beam']}")
+    if not "3.11" <= given["PYTHON_VERSION"] <= "3.13":
+        wrong.append(f"Python {given['PYTHON_VERSION']}")
+    tags = {*re.findall(r"IMAGE:([\d.]+)-", dockerfile), *re.findall(r"VERSION=([\d.]+)", runbook)}
+    if tags != {pipeline.__version__}:
+        wrong.append(f"tags {tags}")
+    return wrong
+
+
+def test_launcher_image_and_lock_agree():
+    assert disagreements(DOCKERFILE, pins("runtime.txt"), RUNBOOK) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("BEAM_VERSION=2.77.0", "BEAM_VERSION=2.76.0"),
+        ("PYTHON_VERSION=3.11", "PYTHON_VERSION=3.10"),
+        (f"IMAGE:{pipeline.__version__}-gpu", "IMAGE:0.0.9-gpu"),
+    ],
+)
+def test_a_version_that_differs_is_seen(change):
+    assert change[0] in DOCKERFILE
+    assert disagreements(DOCKERFILE.replace(*change), pins("runtime.txt"), RUNBOOK)
+
+
+def test_the_gpu_lock_is_the_runtime_lock_and_cuda():
+    runtime, gpu = pins("runtime.txt"), pins("gpu.txt")
+    both = runtime.keys() & gpu.keys()
+    assert {name: gpu[name] for name in both} == {name: runtime[name] for name in both}
+    more = gpu.keys() - runtime.keys()
+    assert more
+    assert all(re.fullmatch(r"nvidia-\w+(-\w+)?-cu12", name) for name in more)
+    text = (ROOT / "requirements" / "gpu.txt").read_text()
+    assert "://" not in text
+    assert text.count("--hash=sha256:") >= len(gpu)
+
+
+def test_cuda_is_the_one_that_tensorflow_was_built_for():
+    import tensorflow as tf
+
+    built = tf.sysconfig.get_build_info()
+    gpu = pins("gpu.txt")
+    (runtime,), (cudnn,) = gpu["nvidia-cuda-runtime-cu12"], gpu["nvidia-cudnn-cu12"]
+    major, minor = map(int, built["cuda_version"].split(".")[:2])
+    assert (major, minor) <= tuple(map(int, runtime.split(".")[:2])) < (major + 1, 0)
+    assert cudnn.split(".")[0] == str(built["cudnn_version"]).split(".")[0]
+
+
+def test_workers_start_by_beams_boot_and_the_driver_is_found():
+    assert 'ENTRYPOINT ["/opt/apache/beam/boot"]' in stage("cpu")
+    assert "COPY --from=beam /opt/apache/beam /opt/apache/beam" in stage("cpu")
+    assert "FROM cpu AS gpu\n" in DOCKERFILE
+    gpu = environment("gpu")
+    assert gpu["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    assert gpu["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert "pip install" not in DOCKERFILE.replace("--no-deps --require-hashes", "").replace(
+        "RUN pip install --no-cache-dir  -r", ""
+    )
+
+
+def test_workers_install_the_staged_code_without_an_index(tmp_path):
+    """As Beam's boot does, with the variables of the image and the setuptools of the lock."""
+    quiet = {"capture_output": True, "check": True, "text": True}
+    subprocess.run(
+        f"{sys.executable} setup.py -q egg_info --egg-base {tmp_path} sdist -d {tmp_path}".split(),
+        cwd=ROOT,
+        **quiet,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "worker")], **quiet)
+    (library,) = tmp_path.glob("worker/lib/python*/site-packages")
+    setuptools = subprocess.run(
+        [sys.executable, "-c", "import setuptools; print(setuptools.__path__[0])"], **quiet
+    )
+    shutil.rmtree(library / "setuptools", ignore_errors=True)
+    os.symlink(setuptools.stdout.strip(), library / "setuptools")
+    python = str(tmp_path / "worker" / "bin" / "python")
+    variables = {**os.environ, **environment("cpu"), "PIP_NO_INDEX": "1"}
+    variables.pop("PYTHONPATH", None)
+    subprocess.run([python, "-m", "pip", "install", str(archive)], env=variables, **quiet)
+    where = [python, "-c", "import transforms.inference as t; print(t.__file__)"]
+    told = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True)
+    assert "apache_beam" in told.stderr  # found, and wants what the lock holds
+    variables["PIP_NO_BUILD_ISOLATION"] = "1"
+    other = subprocess.run([python, "-m", "pip", "install", str(archive)], env=variables)
+    assert other.returncode != 0  # with isolation, pip looks for a setuptools of its own
+
+
+def test_what_the_images_copy_is_there_and_not_ignored():
+    kept = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.M))
+    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.M):
+        *sources, _ = line.split()
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            assert source.split("/")[0] in kept, source
+    for package in ("pipeline", "transforms", "formats", "models", "storage"):
+        assert f"COPY {package} {package}" in stage("launcher")
+
+
+def test_the_launchers_entry_runs_the_job(tmp_path):
+    """In a folder laid out as the image's, with a module of each package's name beside it."""
+    assert environment("launcher")["FLEX_TEMPLATE_PYTHON_PY_FILE"] == "/template/launch.py"
+    assert environment("launcher")["FLEX_TEMPLATE_PYTHON_SETUP_FILE"] == "/template/setup.py"
+    for package in ("pipeline", "transforms", "formats", "models", "storage"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    shutil.copy(ROOT / "deploy" / "launch.py", tmp_path)
+    told = subprocess.run(
+        [
+            sys.executable,
+            tmp_path / "launch.py",
+            "--input=/i",
+            "--model=m",
+            "--output=/o",
+            "--nope",
+        ],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: --nope: no such flag")
+
+
+def test_the_templates_parameters_are_flags():
+    metadata = json.loads((ROOT / "deploy" / "metadata.json").read_text())
+    ours = {field.name: field for field in dataclasses.fields(options.Options)}
+    names = [parameter["name"] for parameter in metadata["parameters"]]
+    assert len(set(names)) == len(names)
+    required = {p["name"] for p in metadata["parameters"] if not p["isOptional"]}
+    assert required == {"input", "model", "output", "sdk_container_image"}
+    for parameter in metadata["parameters"]:
+        name = parameter["name"]
+        assert name in ours or BEAM_FLAGS[name]
+        # The service passes `--name=value`, which a flag without a value refuses.
+        assert name not in ours or "action" not in ours[name].metadata or name == "input"
+        for pattern in parameter.get("regexes", ()):
+            for choice in ours[name].metadata.get("choices", ()) if name in ours else ():
+                assert re.fullmatch(pattern, choice), (name, choice)
+
+
+def test_the_runbook_names_flags_that_there_are():
+    ours = {field.name for field in dataclasses.fields(options.Options)}
+    commands = re.findall(r"python -m pipeline\.extract((?:.*\\\n)*.*)", RUNBOOK)
+    assert commands
+    for command in commands:
+        flags = re.findall(r"--(\w+)", command)
+        assert [flag for flag in flags if flag not in ours and flag not in BEAM_FLAGS] == []
+
+
+def test_growing_gpu_memory_is_asked_for_before_anything_touches_it():
+    """On a machine that seems to have a GPU: there is none here."""
+    code = (
+        "import pathlib, tensorflow as tf\n"
+        "real = pathlib.Path.exists\n"
+        "pathlib.Path.exists = lambda p: str(p) == '/dev/nvidiactl' or real(p)\n"
+        "tf.config.list_physical_devices = lambda kind=None: ['gpu 0', 'gpu 1']\n"
+        "def grow(device, on):\n"
+        "    from tensorflow.python.eager import context\n"
+        "    print(device, on, context.context()._initialized)\n"
+        "tf.config.experimental.set_memory_growth = grow\n"
+        "import models.runtime as runtime\n"
+        "print(runtime.GPUS)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert told.stdout.splitlines() == [
+        "gpu 0 True False",
+        "gpu 1 True False",
+        "['gpu 0', 'gpu 1']",
+    ]
