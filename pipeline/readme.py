@@ -1,4 +1,5 @@
-"""The generated parts of README.md: `python -m pipeline.readme` writes them anew, a test compares.
+"""The generated parts of README.md and docs/SCALE.md: `python -m pipeline.readme` writes them anew,
+a test compares.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -8,9 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline import models, options, verify
+from pipeline import models, options, plan, verify
 
 README = Path(__file__).parents[1] / "README.md"
+SCALE = README.with_name("docs") / "SCALE.md"
 _PART = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -21,6 +23,8 @@ def parts() -> dict[str, str]:
         "extract_help": _block(options.parser().format_help()),
         "models_help": _block(models.parser().format_help()),
         "verify_help": _block(verify.parser().format_help()),
+        "plan_help": _block(plan.parser().format_help()),
+        "scale": plan.scale_table(),
     }
 
 
@@ -35,4 +39,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for document in (README, SCALE):
+        document.write_text(rendered(document.read_text()))

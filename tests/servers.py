@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import http.server
+import json
 import os
+import socket
 import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -157,7 +160,7 @@ def gs_store() -> Iterator[Store]:
     """Google Cloud Storage, emulated."""
     from apache_beam.internal.gcp.auth import _Credentials
     from gcp_storage_emulator.handlers import buckets
-    from gcp_storage_emulator.server import RequestHandler
+    from gcp_storage_emulator.server import RequestHandler, Router
     from gcp_storage_emulator.storage import Storage
 
     storage = Storage(use_memory_fs=True)
@@ -165,7 +168,18 @@ def gs_store() -> Iterator[Store]:
     # Beam looks for credentials despite --no_auth, 20 s long where there are none.
     no_credentials = mock.patch.multiple(_Credentials, _credentials_init=True, _credentials=None)
     # The emulator's own server has one thread, which one client that stays connected holds.
-    with no_credentials, _serving(functools.partial(RequestHandler, storage)) as server:
+    handle, lock = Router.handle, threading.Lock()
+
+    def one_by_one(router: Any, method: str) -> None:
+        with lock:  # its storage is a dictionary that threads would change under each other
+            handle(router, method)
+
+    in_turn = mock.patch.object(Router, "handle", one_by_one)
+    with (
+        no_credentials,
+        in_turn,
+        _serving(functools.partial(RequestHandler, storage)) as server,
+    ):
         address = f"http://127.0.0.1:{server.server_port}"
         with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": address}):
             yield Store(f"gs://{BUCKET}", {"no_auth": True})
@@ -206,6 +220,87 @@ def s3_store() -> Iterator[Store]:
 
 
 STORES = {"gs": gs_store, "s3": s3_store}
+PAGE = 1000  # objects that a page of a listing holds, at both services
+BUSY, CUT, LOST = "busy", "cut", "lost"
+
+
+@dataclass
+class Road:
+    """What lies before a store: `requests` so far, as (method, path with query).
+
+    `trouble`, called with method, path and body of each, tells what becomes of it: None passes;
+    BUSY is answered 503; CUT is done, and half of the answer sent; LOST is not done, and not
+    answered.
+    """
+
+    store: Store
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    trouble: Callable[[str, str, bytes], str | None] = lambda method, path, body: None
+
+
+class _Proxy(http.server.BaseHTTPRequestHandler):
+    upstream: str
+    road: Road
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        assert "chunked" not in self.headers.get("Transfer-Encoding", "")
+        self.road.requests.append((self.command, self.path))
+        trouble = self.road.trouble(self.command, self.path, body)
+        if trouble == LOST:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if trouble == BUSY:
+            self.send_error(503)
+            return
+        path, token = self.path, 0
+        if self.road.store.uri.startswith("gs:"):  # the emulator knows no pages
+            path, _, token = path.partition("&pageToken=")
+        connection = http.client.HTTPConnection(self.upstream, timeout=60)
+        connection.request(self.command, path, body, dict(self.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if b'"items"' in data[:10000] and path.partition("?")[0].endswith("/o"):
+            data = _page(data, int(token or 0))
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
+                self.send_header(name, value)
+        size = answer.getheader("Content-Length") if self.command == "HEAD" else len(data)
+        self.send_header("Content-Length", str(size or 0))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if trouble == CUT else data)
+        if trouble == CUT:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = pass_on
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def _page(listing: bytes, start: int) -> bytes:
+    told = json.loads(listing)
+    if start + PAGE < len(told["items"]):
+        told["nextPageToken"] = str(start + PAGE)
+    told["items"] = told["items"][start : start + PAGE]
+    return json.dumps(told).encode()
+
+
+@contextlib.contextmanager
+def bumpy_road(scheme: str) -> Iterator[Road]:
+    """A store of `scheme`, gs or s3, reached through what can go wrong on the way."""
+    with STORES[scheme]() as store:
+        direct = store.flags.get("s3_endpoint_url") or os.environ["STORAGE_EMULATOR_HOST"]
+        handler = type("Proxy", (_Proxy,), {"upstream": str(direct).removeprefix("http://")})
+        with _serving(handler) as server:
+            address = f"http://127.0.0.1:{server.server_port}"
+            flags = {k: address if v == direct else v for k, v in store.flags.items()}
+            handler.road = Road(Store(store.uri, flags))
+            with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": address}):
+                yield handler.road
 
 
 def _answers(url: str) -> None:

@@ -51,7 +51,10 @@ def disagreements(dockerfile: str, lock: dict[str, set[str]], runbook: str) -> l
         wrong.append(f"Beam {given['BEAM_VERSION']} of {lock['apache-beam']}")
     if not "3.11" <= given["PYTHON_VERSION"] <= "3.13":
         wrong.append(f"Python {given['PYTHON_VERSION']}")
-    tags = {*re.findall(r"IMAGE:([\d.]+)-", dockerfile), *re.findall(r"VERSION=([\d.]+)", runbook)}
+    tags = {
+        *re.findall(r"IMAGE:([\d.]+)-", dockerfile),
+        *re.findall(r"\bVERSION=([\d.]+)", runbook),
+    }
     if tags != {pipeline.__version__}:
         wrong.append(f"tags {tags}")
     return wrong

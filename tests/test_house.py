@@ -165,6 +165,7 @@ def test_every_room_and_file_is_in_the_architecture():
         "pipeline.options",
         "pipeline.extract",
         "pipeline.models",
+        "pipeline.plan",
         "pipeline.verify",
         "models.catalog",
         "models.handles",
@@ -203,7 +204,7 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
     python = str(empty / "bin" / "python")
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, str(archive)], cwd=tmp_path, **quiet)
-    for command in ("pipeline.extract", "pipeline.models", "pipeline.verify"):
+    for command in ("pipeline.extract", "pipeline.models", "pipeline.plan", "pipeline.verify"):
         told = subprocess.run([python, "-m", command, "--help"], cwd=tmp_path, **quiet)
         assert "usage:" in told.stdout
     metadata = next(library.glob("image_features-*.dist-info")) / "METADATA"

@@ -1,0 +1,97 @@
+"""What a plan reckons with: figures that were measured, and what had to be assumed, each with its
+source.
+
+CPU seconds are of one core of an AMD EPYC (Zen 5), and include no waiting.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Figure(NamedTuple):
+    """A number, its unit, and where it is from."""
+
+    value: float
+    unit: str
+    source: str
+
+    def described(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return self._asdict()
+
+
+_PERFORMANCE = "measured: docs/PERFORMANCE.md"
+_SPEC_SHEET = "peak of the vendor's data sheet"
+_PRICE = "public list price, us-central1, noted 2025 and not looked up since; check it"
+
+# Seconds of one core for an image: of images a second on two cores, two batches at once.
+MODEL_SECONDS = {
+    ("nasnet_mobile", "float32"): Figure(2 / 210, "CPU s/image", f"{_PERFORMANCE}, batch 8"),
+    ("nasnet_mobile", "bfloat16"): Figure(2 / 320, "CPU s/image", f"{_PERFORMANCE}, batch 16"),
+    ("nasnet_large", "float32"): Figure(
+        2 / 6.5,
+        "CPU s/image",
+        "measured, before batches ran side by side: a tf.function, two cores",
+    ),
+    ("nasnet_large", "bfloat16"): Figure(
+        2 / 12.6, "CPU s/image", "measured, before batches ran side by side: frozen, two cores"
+    ),
+}
+# Multiply-adds of an image in billions, by which networks without a measurement are scaled.
+MULTIPLY_ADDS = {
+    "nasnet_mobile": Figure(0.564, "G", "NASNet's paper, arXiv:1707.07012, table 4"),
+    "nasnet_large": Figure(23.8, "G", "NASNet's paper, arXiv:1707.07012, table 2"),
+    "pnasnet_mobile": Figure(0.588, "G", "PNASNet's paper, arXiv:1712.00559, table 4"),
+    "pnasnet_large": Figure(25.0, "G", "PNASNet's paper, arXiv:1712.00559, table 5"),
+}
+GPU_TERAFLOPS = {
+    "nvidia-tesla-t4": Figure(8.1, "TFLOP/s float32", _SPEC_SHEET),
+    "nvidia-l4": Figure(30.3, "TFLOP/s float32", _SPEC_SHEET),
+    "nvidia-tesla-v100": Figure(14.0, "TFLOP/s float32", _SPEC_SHEET),
+    "nvidia-tesla-a100": Figure(19.5, "TFLOP/s float32", _SPEC_SHEET),
+}
+GPU_SHARE = Figure(
+    0.15, "of the peak", "ASSUMED: no GPU was measured; --gpu_images_per_second overrides it"
+)
+DECODE_SECONDS = Figure(
+    0.0014, "CPU s/image", "measured: Pillow, a 500 x 375 JPEG to 224 x 224; 12 megapixels: 0.022"
+)
+OTHER_SECONDS = Figure(
+    0.0010, "CPU s/image", "ASSUMED: reading, hashing, Beam, Parquet; to be measured"
+)
+VCPU = Figure(
+    0.5, "cores", "ASSUMED: a cloud vCPU is a hyperthread, half of a core of the measured machine"
+)
+VCPU_GIB = Figure(3.75, "GiB", "n1-standard machines")
+IMAGE_BYTES = Figure(110_000, "bytes", "mean of ImageNet's training set: 138 GB of 1.28 M JPEGs")
+ROW_BYTES = Figure(300, "bytes", "transforms/sink.py: what a row holds besides its vectors")
+START_SECONDS = Figure(300, "s", "ASSUMED: workers start, and pull an image of some GB")
+LOAD_SECONDS = Figure(40, "s", f"{_PERFORMANCE}: a prepared nasnet_large to its first vectors")
+
+# Stores. Pages and their seconds are those of a service that was not measured.
+PAGE_OBJECTS = Figure(1000, "objects", "both services' largest page; seen: tests/test_stores.py")
+PAGE_SECONDS = Figure(0.1, "s", "ASSUMED: a page of a listing, one after the other")
+READS_AN_OBJECT = Figure(2, "requests", "seen at gs://: metadata, then the bytes")
+FILE_BYTES = Figure(256 << 20, "bytes", "transforms/sink.py: where a file is closed")
+FILE_SECONDS = Figure(60, "s", "transforms/sink.py: when a file is closed")
+UNIT_IMAGES = Figure(128, "images", "formats/inputs.py: image files in a unit of work")
+THREADS = Figure(4, "bundles", "pipeline/dataflow.py: at once on a worker")
+
+# What the launcher or a single step holds.
+LISTED_BYTES = Figure(276, "bytes/object", "measured: tracemalloc, 300,000 names of 60 characters")
+KEY_BYTES = Figure(
+    74, "bytes/row", "measured: tracemalloc, 4 M keys: 16 of the digests and 58 to find repeats"
+)
+KEY_SECONDS = Figure(0.45e-6, "CPU s/row", "measured: 1.8 CPU s for 4 M keys, under load")
+RESUME_BYTES = Figure(64, "bytes/row", "measured: tracemalloc, 1 M rows; 32 once sorted")
+MANIFEST_BYTES = Figure(205, "bytes/file", "measured: json.dumps of an entry, indent 1")
+
+PRICES = {
+    "vcpu_hour": Figure(0.056, "USD", f"Dataflow batch: {_PRICE}"),
+    "gib_hour": Figure(0.003557, "USD", f"Dataflow batch: {_PRICE}"),
+    "gpu_hour": Figure(0.35, "USD", f"a T4 by the hour; others cost more: {_PRICE}"),
+    "class_a": Figure(0.005, "USD/1000 requests", f"Cloud Storage, lists and writes: {_PRICE}"),
+    "class_b": Figure(0.0004, "USD/1000 requests", f"Cloud Storage, reads: {_PRICE}"),
+    "gb_month": Figure(0.020, "USD", f"Cloud Storage, standard: {_PRICE}"),
+}

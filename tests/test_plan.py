@@ -1,0 +1,193 @@
+"""A plan: its numbers by hand, what it refuses, and that every constant tells where it is from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import figures, plan
+from storage.errors import RequestError
+
+ROOT = Path(__file__).parents[1]
+
+
+def reckoned(*words: str, images: str = "1000000", model: str = "nasnet_mobile"):
+    return plan.reckon(plan.parser().parse_args(["--images", images, "--model", model, *words]))
+
+
+def test_a_run_on_cpus_by_hand():
+    told = reckoned(
+        "--workers", "10", "--cpu_seconds", "0.0076", "--decode_seconds", "0.0014", "--vcpus", "8"
+    )
+    a_core = 0.0076 + 0.0014 + figures.OTHER_SECONDS.value
+    rate = 8 * figures.VCPU.value / a_core
+    assert told["images_per_second_per_worker"] == pytest.approx(rate, abs=0.05)
+    assert told["seconds"]["work"] == pytest.approx(1e6 / rate / 10, rel=1e-3)
+    assert told["seconds"]["listing"] == 2 * 1000 * 0.1
+    assert told["gpu_hours"] == 0
+    assert told["vcpus_to_a_gpu"] is None
+    assert told["workers"] == 10
+    assert told["vcpu_hours"] == pytest.approx(8 * told["worker_hours"], rel=1e-2)
+    assert told["output_bytes"] == 1e6 * (300 + 4 * (1056 + 1001))
+    assert told["input_bytes"] == 1e6 * 110_000
+    assert told["requests"]["lists"] == 2000
+    assert told["requests"]["reads"] == 2_000_000
+
+
+def test_a_gpu_waits_for_the_vcpus_that_decode():
+    told = reckoned("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207")
+    a_core = 0.0207 + figures.OTHER_SECONDS.value
+    assert told["bound_by"].startswith("vCPUs")
+    assert told["images_per_second_per_worker"] == pytest.approx(4 / a_core, abs=0.05)
+    assert told["vcpus_to_a_gpu"] == -(-2000 * a_core // 0.5)
+    enough = reckoned(
+        *("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207"),
+        *("--vcpus", str(told["vcpus_to_a_gpu"])),
+    )
+    assert enough["bound_by"] == "GPU"
+    assert enough["images_per_second_per_worker"] == 2000
+    less = reckoned(
+        *("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207"),
+        *("--vcpus", str(told["vcpus_to_a_gpu"] - 1)),
+    )
+    assert less["bound_by"].startswith("vCPUs")
+    assert enough["gpu_hours"] == enough["worker_hours"] > 0
+
+
+def test_vectors_that_are_not_written_take_no_room():
+    both, one = reckoned(), reckoned("--outputs", "embedding", "--embedding_dtype", "float16")
+    assert one["output_bytes"] == 1e6 * (300 + 2 * 1056)
+    assert one["output_bytes"] < both["output_bytes"] / 3
+
+
+def test_prices_are_flags():
+    free = [w for name in figures.PRICES for w in (f"--price_{name}", "0")]
+    told = reckoned(*free)
+    assert told["usd"]["run"] == told["usd_a_month"] == 0
+    assert told["constants"]["price_vcpu_hour"]["source"] == "told by its flag"
+    dear = reckoned(*free, "--gpu", "nvidia-l4", "--price_gpu_hour", "2", "--workers", "3")
+    assert dear["usd"]["run"] == pytest.approx(2 * dear["gpu_hours"], abs=0.02)
+
+
+def test_workers_come_from_the_hours():
+    told = reckoned("--hours", "0.5")
+    assert told["seconds"]["work"] <= 1800
+    fewer = reckoned("--workers", str(told["workers"] - 1))
+    assert fewer["seconds"]["work"] > 1800
+
+
+@pytest.mark.parametrize("images", ["1e6", "1e8", "1e10"])
+def test_containers_move_the_first_limit_from_listing_to_keys(images):
+    files = reckoned(images=images)["limits"]
+    shards = reckoned("--images_per_file", "5000", images=images)["limits"]
+    assert files[0]["what"].startswith("listing")
+    assert shards[0]["what"] == "keys in the commit"
+    assert [row["at"] for row in files] == sorted(row["at"] for row in files)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 10**11),
+    more=st.integers(2, 1000),
+    workers=st.integers(1, 5000),
+    per_file=st.integers(1, 10**5),
+)
+def test_more_images_never_cost_less(images, more, workers, per_file):
+    flags = ("--workers", str(workers), "--images_per_file", str(per_file))
+    small, large = (reckoned(*flags, images=str(n)) for n in (images, images * more))
+    for name in ("hours", "output_bytes", "output_files", "manifest_bytes", "vcpu_hours"):
+        assert small[name] <= large[name]
+    assert small["usd"]["run"] <= large["usd"]["run"]
+    room = {row["what"]: row["at"] for row in large["limits"]}
+    assert all(room[row["what"]] <= row["at"] for row in small["limits"])
+
+
+def test_every_network_and_precision_has_a_plan():
+    from models.catalog import HUB_MODELS, NETWORKS
+
+    for precision in ("float32", "bfloat16"):
+        speeds = {
+            name: reckoned("--precision", precision, model=name)["images_per_second_per_worker"]
+            for name in NETWORKS
+        }
+        assert speeds["pnasnet_large"] < speeds["nasnet_large"] < speeds["nasnet_mobile"]
+    handle = next(iter(HUB_MODELS))
+    assert reckoned(model=handle)["images_per_second"]
+
+
+def test_every_constant_tells_its_unit_and_source():
+    told = reckoned("--gpu", "nvidia-tesla-t4")["constants"]
+    assert {"decode_seconds", "model_seconds", "gpu_images_per_second", "price_gpu_hour"} <= set(
+        told
+    )
+    for name, constant in told.items():
+        assert constant["source"], name
+        assert constant["unit"], name
+    assert told["gpu_images_per_second"]["source"].startswith("ASSUMED")
+    measured = [c["source"] for c in told.values() if "docs/" in c["source"]]
+    assert measured
+    for source in measured:
+        assert (ROOT / source.split("docs/")[1].split(".md")[0].join(["docs/", ".md"])).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--images", "1e6"], "--model"),
+        (["--images", "some", "--model", "nasnet_mobile"], "--images"),
+        (["--images", "-5", "--model", "nasnet_mobile"], "--images"),
+        (["--images", "1.5", "--model", "nasnet_mobile"], "--images"),
+        (["--images", "1", "--model", "resnet"], "give --cpu_seconds and --widths"),
+        (["--images", "1", "--model", "resnet", "--widths", "9"], "give --cpu_seconds"),
+        (["--images", "1", "--model", "nasnet_mobile", "--gpu", "h900"], "--gpu_images_per_second"),
+        (["--images", "1", "--model", "nasnet_mobile", "--workers", "0"], "--workers 0"),
+        (["--images", "1", "--model", "nasnet_mobile", "--hours", "-1"], "--hours"),
+        (["--images", "1", "--model", "nasnet_mobile", "--pric_gpu_hour", "1"], "--pric_gpu_hour"),
+        (["--images", "1", "--model", "nasnet_mobile", "--widths", "a"], "--widths a"),
+        (
+            ["--images", "1", "--model", "m", "--widths", "9", "--cpu_seconds", "1"],
+            "--outputs logits",
+        ),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_2(capsys, words, told):
+    assert plan.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_model_of_ones_own():
+    flags = ("--cpu_seconds", "0.02", "--widths", "512", "--outputs", "embedding")
+    assert reckoned(*flags, model="mine")["output_bytes"] == 1e6 * (300 + 4 * 512)
+    with pytest.raises(RequestError, match="--gpu_images_per_second"):
+        reckoned(*flags, "--gpu", "nvidia-l4", model="mine")
+
+
+def test_json_is_the_last_line_and_the_table_is_on_stderr(capsys):
+    assert plan.main(["--images", "1e6", "--model", "nasnet_large", "--gpu", "nvidia-l4"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out.splitlines()[-1])
+    assert len(out.splitlines()) == 1
+    assert f"{told['gpu_hours']:,}" in err
+    assert "assumed, not measured: " in err
+
+
+def test_help_needs_the_standard_library_only():
+    code = (
+        "import sys\n"
+        "from pipeline import plan\n"
+        "plan.parser().format_help()\n"
+        "plan.main(['--images', '1', '--model', 'nasnet_mobile'])\n"
+        "heavy = {'numpy', 'apache_beam', 'tensorflow', 'pyarrow', 'PIL'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -1,0 +1,213 @@
+"""gs:// and s3://, by real servers, on a road where requests meet 503 and cut connections."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import exports
+import pytest
+import servers
+from pictures import jpeg
+from servers import BUSY, CUT, LOST
+from test_models import stored_rows
+
+from formats import inputs
+from storage import files, steady
+
+pytestmark = pytest.mark.engines
+IMAGES = 6
+
+
+@pytest.fixture(scope="module", params=servers.STORES)
+def way(request):
+    with servers.bumpy_road(request.param) as road:
+        yield road
+
+
+@pytest.fixture
+def road(way, monkeypatch):
+    """The road without trouble, its store reachable, waits short."""
+    way.trouble = lambda method, path, body: None
+    way.requests.clear()
+    files.configure_stores(way.store.argv)
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0.01)
+    return way
+
+
+def put(folder: str, contents: dict[str, bytes]) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        paths = [f"{folder}/{name}" for name in contents]
+        list(threads.map(files.write_bytes, paths, contents.values()))
+
+
+class OnceEach:
+    """Trouble of one kind for the first request of each path, without query, that is `chosen`."""
+
+    def __init__(self, kind, chosen):
+        self.kind = kind
+        self.chosen = chosen
+        self.met = set()
+
+    def __call__(self, method, path, body):
+        name = method, path.partition("?")[0]
+        if name in self.met or not self.chosen(method, path):
+            return None
+        self.met.add(name)
+        return self.kind
+
+
+def is_listing(method: str, path: str) -> bool:
+    return method == "GET" and ("prefix=" in path)
+
+
+# --- listing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(way):
+    files.configure_stores(way.store.argv)
+    way.trouble = lambda method, path, body: None
+    put(f"{way.store.uri}/many", {f"{i:05}.jpg": b"x" for i in range(10_000)})
+    return f"{way.store.uri}/many"
+
+
+def test_ten_thousand_objects_are_listed_page_by_page(many, road):
+    found = list(files.find(many))
+    assert [info.path for info in found] == [f"{many}/{i:05}.jpg" for i in range(10_000)]
+    assert {info.size for info in found} == {1}
+    pages = [path for method, path in road.requests if is_listing(method, path)]
+    assert 10 <= len(pages) <= 12
+    assert len(road.requests) < 20  # nothing is asked of a single object
+    units = list(inputs.list_units([inputs.Source(f"{many}/*.jpg", inputs.IMAGES)], None))
+    assert [len(unit.files) for unit in units] == [128] * 78 + [16]
+
+
+@pytest.mark.parametrize("kind", [BUSY, CUT, LOST])
+def test_a_listing_that_stumbles_halfway_loses_nothing(many, road, kind):
+    pages = Counter()
+
+    def trouble(method, path, body):
+        pages["all"] += is_listing(method, path)
+        if is_listing(method, path) and pages["all"] == 5:
+            return kind
+        return None
+
+    road.trouble = trouble
+    assert len(list(files.find(many))) == 10_000
+    assert pages["all"] > 10
+
+
+def test_an_occupied_output_is_seen_without_listing_it(many, road):
+    assert files.occupied(many)
+    assert len([r for r in road.requests if is_listing(*r)]) <= 2
+
+
+# --- the whole job -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stocked(way):
+    """Pictures and a model in the store."""
+    files.configure_stores(way.store.argv)
+    way.trouble = lambda method, path, body: None
+    put(f"{way.store.uri}/in", {f"{i}.jpg": jpeg(40 + i, 30) for i in range(IMAGES)})
+    model = Path(exports.exported("saved_model", "classification"))
+    put(
+        f"{way.store.uri}/model",
+        {
+            path.relative_to(model).as_posix(): path.read_bytes()
+            for path in model.rglob("*")
+            if path.is_file()
+        },
+    )
+    return way.store.uri
+
+
+@pytest.fixture
+def run(stocked, road, job, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGE_FEATURES_CACHE", str(tmp_path / "cache"))
+
+    def call(name, **flags):
+        given = {"model": f"{stocked}/model", "output": f"{stocked}/{name}", **road.store.flags}
+        return job(f"{stocked}/in", **{**given, **flags})
+
+    return call
+
+
+@pytest.mark.parametrize("kind", [BUSY, CUT, LOST])
+def test_input_model_and_output_outlast_trouble(run, road, stocked, kind):
+    """The first request for each picture, file of the model, data file and manifest meets it."""
+
+    def chosen(method, path):
+        read = (
+            method == "GET" and (".jpg" in path or "model" in path) and not is_listing(method, path)
+        )
+        written = method in ("PUT", "POST") and "out-" in path
+        return read or written
+
+    road.trouble = trouble = OnceEach(kind, chosen)
+    ran = run(f"out-{kind}")
+    assert ran.code == 0, ran.stderr
+    assert (ran.line["features"], ran.line["failures"]) == (IMAGES, 0)
+    methods = Counter(method for method, _ in trouble.met)
+    assert methods["GET"] >= IMAGES + 3
+    assert methods["PUT"] + methods["POST"] >= 1
+    road.trouble = lambda method, path, body: None
+    output = f"{stocked}/out-{kind}"
+    manifest = json.loads(files.read_bytes(f"{output}/manifest.json"))
+    rows = stored_rows(output, manifest)
+    assert [row["key"] for row in rows["features"]] == [
+        f"{stocked}/in/{i}.jpg" for i in range(IMAGES)
+    ]
+    listed = {info.path.removeprefix(f"{output}/") for info in files.list_folder(output)}
+    assert listed == {"manifest.json", "_SUCCESS", *(f["path"] for f in manifest["files"])}
+
+
+def test_a_picture_that_never_comes_is_one_failure(run, road, stocked):
+    road.trouble = lambda method, path, body: BUSY if "/3.jpg" in path.replace("%2F", "/") else None
+    ran = run("out-one", max_failure_rate=0.5)
+    assert ran.code == 0, ran.stderr
+    assert (ran.line["features"], ran.line["failures"]) == (IMAGES - 1, 1)
+
+
+def test_a_commit_that_never_arrives_is_resumed(run, road, stocked):
+    """No rename: data files are there under their names, and no manifest tells of them."""
+
+    def trouble(method, path, body):
+        written = method in ("PUT", "POST")
+        return BUSY if written and (b"manifest.json" in body or "manifest.json" in path) else None
+
+    road.trouble = trouble
+    ran = run("out-resumed", rows_per_file=2)
+    assert ran.code == 1, ran.stderr
+    assert ran.line["manifest"] is None
+    road.trouble = lambda method, path, body: None
+    output = f"{stocked}/out-resumed"
+    left = {info.path.removeprefix(f"{output}/") for info in files.list_folder(output)}
+    assert left
+    assert not {"manifest.json", "_SUCCESS"} & left
+    assert "something is there" in run("out-resumed").stderr
+    road.requests.clear()
+    ran = run("out-resumed", if_exists="resume")
+    assert ran.code == 0, ran.stderr
+    assert (ran.line["features"], ran.line["skipped"]) == (0, IMAGES)
+    assert not [
+        r for r in road.requests if r[0] == "GET" and "alt=media" in r[1] and ".jpg" in r[1]
+    ]
+    manifest = json.loads(files.read_bytes(f"{output}/manifest.json"))
+    assert len(stored_rows(output, manifest)["features"]) == IMAGES
+    assert len(manifest["files"]) == 3
+
+
+def test_what_was_cut_on_its_way_up_is_no_object(road, stocked):
+    """A data file that cannot be stored is not there, in no length."""
+    target = f"{stocked}/torn/part.parquet"
+    road.trouble = lambda method, path, body: LOST if method in ("PUT", "POST") else None
+    with pytest.raises(OSError, match=r"part\.parquet"):
+        files.write_bytes(target, b"x" * 3_000_000)
+    road.trouble = lambda method, path, body: None
+    assert not files.is_file(target)
+    assert files.list_folder(f"{stocked}/torn") == []
