@@ -87,10 +87,16 @@ KEY_SECONDS = Figure(0.45e-6, "CPU s/row", "measured: 1.8 CPU s for 4 M keys, un
 RESUME_BYTES = Figure(64, "bytes/row", "measured: tracemalloc, 1 M rows; 32 once sorted")
 MANIFEST_BYTES = Figure(205, "bytes/file", "measured: json.dumps of an entry, indent 1")
 
+GPU_HOURS = {
+    "nvidia-tesla-t4": 0.35,
+    "nvidia-l4": 0.56,
+    "nvidia-tesla-v100": 2.48,
+    "nvidia-tesla-a100": 2.93,
+}
 PRICES = {
     "vcpu_hour": Figure(0.056, "USD", f"Dataflow batch: {_PRICE}"),
     "gib_hour": Figure(0.003557, "USD", f"Dataflow batch: {_PRICE}"),
-    "gpu_hour": Figure(0.35, "USD", f"a T4 by the hour; others cost more: {_PRICE}"),
+    "gpu_hour": Figure(0.35, "USD", f"Compute Engine's T4, or what GPU_HOURS has: {_PRICE}"),
     "class_a": Figure(0.005, "USD/1000 requests", f"Cloud Storage, lists and writes: {_PRICE}"),
     "class_b": Figure(0.0004, "USD/1000 requests", f"Cloud Storage, reads: {_PRICE}"),
     "gb_month": Figure(0.020, "USD", f"Cloud Storage, standard: {_PRICE}"),

@@ -267,8 +267,10 @@ def limits(images: int, objects: int, parts: int, gib: float) -> list[dict[str, 
 
 
 def _prices(request: argparse.Namespace) -> dict[str, float]:
+    listed = {name: price.value for name, price in PRICES.items()}
+    listed["gpu_hour"] = figures.GPU_HOURS.get(request.gpu, listed["gpu_hour"])
     told = {name: getattr(request, f"price_{name}") for name in PRICES}
-    return {n: PRICES[n].value if price is None else price for n, price in told.items()}
+    return {name: listed[name] if price is None else price for name, price in told.items()}
 
 
 def constants(model: Model, on_gpu: Figure | None, prices: dict[str, float]) -> dict[str, Any]:
@@ -282,7 +284,8 @@ def constants(model: Model, on_gpu: Figure | None, prices: dict[str, float]) -> 
     if on_gpu:
         named["gpu_images_per_second"] = on_gpu.described()
     for name, price in prices.items():
-        source = PRICES[name].source if price == PRICES[name].value else "told by its flag"
+        listed = price == PRICES[name].value or price in figures.GPU_HOURS.values()
+        source = PRICES[name].source if listed else "told by its flag"
         named[f"price_{name}"] = Figure(price, PRICES[name].unit, source).described()
     return named
 
@@ -327,9 +330,9 @@ def scale_table() -> str:
             first = plan["limits"][0]
             rows.append(
                 f"| {plan['images']:,} | {model} | {on or 'CPUs, bfloat16'} | {per_file} "
-                f"| {plan['workers']:,} | {plan['hours']:,.1f} | {plan['gpu_hours']:,.0f} "
+                f"| {plan['workers']:,} | {plan['hours']:,.1f} | {plan['gpu_hours']:,.1f} "
                 f"| {plan['output_bytes'] / _GB:,.0f} GB | {sum(plan['requests'].values()):,} "
-                f"| {plan['usd']['run']:,.0f} | {first['what']}: x {first['at']:g} |"
+                f"| {plan['usd']['run']:,.2f} | {first['what']}: x {first['at']:g} |"
             )
     return "\n".join(rows)
 
