@@ -165,14 +165,17 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     decode = figures.DECODE_SECONDS.value
     if request.decode_seconds is not None:
         decode = request.decode_seconds
-    around = decode + figures.OTHER_SECONDS.value
+    opening = figures.OBJECT_SECONDS.value / request.images_per_file
+    around = decode + figures.OTHER_SECONDS.value + opening
     cores = request.vcpus * figures.VCPU.value
     on_gpu = gpu_rate(request, model)
-    if on_gpu:
-        rate = min(on_gpu.value, cores / around)
-        bound = "GPU" if on_gpu.value <= cores / around else "vCPUs of a worker, which decode"
-    else:
-        rate, bound = cores / (around + model.cpu_seconds), "vCPUs"
+    speeds = {
+        "one process a worker, which opens objects": figures.VCPU.value / opening,
+        "vCPUs": cores / (around + (0.0 if on_gpu else model.cpu_seconds)),
+        **({"GPU": on_gpu.value} if on_gpu else {}),
+    }
+    bound = min(speeds, key=lambda name: speeds[name])
+    rate = speeds[bound]
 
     objects = -(-images // request.images_per_file)
     pages = -(-objects // int(figures.PAGE_OBJECTS.value))

@@ -16,10 +16,11 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
+from urllib.parse import quote
 
 BUCKET = "bucket"
 _STEP = 0.02  # seconds between the pieces of a slow answer
@@ -175,9 +176,12 @@ def gs_store() -> Iterator[Store]:
             handle(router, method)
 
     in_turn = mock.patch.object(Router, "handle", one_by_one)
+    # At every change it would write down all that it holds, for a next start that never comes.
+    forgetful = mock.patch.object(Storage, "_write_config_to_file", return_value=None)
     with (
         no_credentials,
         in_turn,
+        forgetful,
         _serving(functools.partial(RequestHandler, storage)) as server,
     ):
         address = f"http://127.0.0.1:{server.server_port}"
@@ -234,12 +238,25 @@ class Road:
     """
 
     store: Store
+    upstream: str
     requests: list[tuple[str, str]] = field(default_factory=list)
     trouble: Callable[[str, str, bytes], str | None] = lambda method, path, body: None
 
+    def fill(self, names: Iterable[str]) -> None:
+        """Objects of one byte of those names, put there past the road and any client."""
+        gs = self.store.uri.startswith("gs:")
+        for name in names:
+            connection = http.client.HTTPConnection(self.upstream, timeout=60)
+            if gs:
+                path = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quote(name, '')}"
+            else:
+                path = f"/{BUCKET}/{quote(name)}"
+            connection.request("POST" if gs else "PUT", path, b"x")
+            assert connection.getresponse().status == 200
+            connection.close()
+
 
 class _Proxy(http.server.BaseHTTPRequestHandler):
-    upstream: str
     road: Road
 
     def pass_on(self) -> None:
@@ -256,7 +273,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         path, token = self.path, 0
         if self.road.store.uri.startswith("gs:"):  # the emulator knows no pages
             path, _, token = path.partition("&pageToken=")
-        connection = http.client.HTTPConnection(self.upstream, timeout=60)
+        connection = http.client.HTTPConnection(self.road.upstream, timeout=60)
         connection.request(self.command, path, body, dict(self.headers))
         answer = connection.getresponse()
         data = answer.read()
@@ -294,11 +311,11 @@ def bumpy_road(scheme: str) -> Iterator[Road]:
     """A store of `scheme`, gs or s3, reached through what can go wrong on the way."""
     with STORES[scheme]() as store:
         direct = store.flags.get("s3_endpoint_url") or os.environ["STORAGE_EMULATOR_HOST"]
-        handler = type("Proxy", (_Proxy,), {"upstream": str(direct).removeprefix("http://")})
+        handler = type("Proxy", (_Proxy,), {})
         with _serving(handler) as server:
             address = f"http://127.0.0.1:{server.server_port}"
             flags = {k: address if v == direct else v for k, v in store.flags.items()}
-            handler.road = Road(Store(store.uri, flags))
+            handler.road = Road(Store(store.uri, flags), str(direct).removeprefix("http://"))
             with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": address}):
                 yield handler.road
 

@@ -23,41 +23,48 @@ def reckoned(*words: str, images: str = "1000000", model: str = "nasnet_mobile")
 
 def test_a_run_on_cpus_by_hand():
     told = reckoned(
-        "--workers", "10", "--cpu_seconds", "0.0076", "--decode_seconds", "0.0014", "--vcpus", "8"
+        *("--images_per_file", "10", "--workers", "10", "--vcpus", "8"),
+        *("--cpu_seconds", "0.0076", "--decode_seconds", "0.0014"),
     )
-    a_core = 0.0076 + 0.0014 + figures.OTHER_SECONDS.value
+    a_core = 0.0076 + 0.0014 + figures.OTHER_SECONDS.value + figures.OBJECT_SECONDS.value / 10
     rate = 8 * figures.VCPU.value / a_core
+    assert told["bound_by"] == "vCPUs"
     assert told["images_per_second_per_worker"] == pytest.approx(rate, abs=0.05)
     assert told["seconds"]["work"] == pytest.approx(1e6 / rate / 10, rel=1e-3)
-    assert told["seconds"]["listing"] == 2 * 1000 * 0.1
+    assert told["seconds"]["listing"] == 2 * 100 * 0.1
     assert told["gpu_hours"] == 0
     assert told["vcpus_to_a_gpu"] is None
     assert told["workers"] == 10
     assert told["vcpu_hours"] == pytest.approx(8 * told["worker_hours"], rel=1e-2)
     assert told["output_bytes"] == 1e6 * (300 + 4 * (1056 + 1001))
     assert told["input_bytes"] == 1e6 * 110_000
-    assert told["requests"]["lists"] == 2000
-    assert told["requests"]["reads"] == 2_000_000
+    assert told["requests"]["lists"] == 200
+    assert told["requests"]["reads"] == 200_000
 
 
 def test_a_gpu_waits_for_the_vcpus_that_decode():
-    told = reckoned("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207")
-    a_core = 0.0207 + figures.OTHER_SECONDS.value
-    assert told["bound_by"].startswith("vCPUs")
+    flags = ("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207")
+    flags += ("--images_per_file", "1000")
+    told = reckoned(*flags)
+    a_core = 0.0207 + figures.OTHER_SECONDS.value + figures.OBJECT_SECONDS.value / 1000
+    assert told["bound_by"] == "vCPUs"
     assert told["images_per_second_per_worker"] == pytest.approx(4 / a_core, abs=0.05)
-    assert told["vcpus_to_a_gpu"] == -(-2000 * a_core // 0.5)
-    enough = reckoned(
-        *("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207"),
-        *("--vcpus", str(told["vcpus_to_a_gpu"])),
-    )
+    wanted = told["vcpus_to_a_gpu"]
+    assert wanted == -(-2000 * a_core // 0.5)
+    enough = reckoned(*flags, "--vcpus", str(wanted))
     assert enough["bound_by"] == "GPU"
     assert enough["images_per_second_per_worker"] == 2000
-    less = reckoned(
-        *("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207"),
-        *("--vcpus", str(told["vcpus_to_a_gpu"] - 1)),
-    )
-    assert less["bound_by"].startswith("vCPUs")
     assert enough["gpu_hours"] == enough["worker_hours"] > 0
+    assert reckoned(*flags, "--vcpus", str(wanted - 1))["bound_by"] == "vCPUs"
+
+
+def test_single_objects_are_opened_by_one_process_a_worker():
+    """More vCPUs do not help, containers do."""
+    flags = ("--gpu", "nvidia-tesla-t4", "--vcpus", "32")
+    files, shards = reckoned(*flags), reckoned(*flags, "--images_per_file", "1000")
+    assert files["bound_by"].startswith("one process")
+    assert files["images_per_second_per_worker"] == pytest.approx(0.5 / 0.0039, abs=0.05)
+    assert shards["images_per_second_per_worker"] > 5 * files["images_per_second_per_worker"]
 
 
 def test_vectors_that_are_not_written_take_no_room():

@@ -70,7 +70,7 @@ def is_listing(method: str, path: str) -> bool:
 def many(way):
     files.configure_stores(way.store.argv)
     way.trouble = lambda method, path, body: None
-    put(f"{way.store.uri}/many", {f"{i:05}.jpg": b"x" for i in range(10_000)})
+    way.fill(f"many/{i:05}.jpg" for i in range(10_000))
     return f"{way.store.uri}/many"
 
 
