@@ -76,7 +76,11 @@ VCPU_GIB = Figure(3.75, "GiB", "n1-standard machines")
 IMAGE_BYTES = Figure(110_000, "bytes", "mean of ImageNet's training set: 138 GB of 1.28 M JPEGs")
 ROW_BYTES = Figure(300, "bytes", "transforms/sink.py: what a row holds besides its vectors")
 START_SECONDS = Figure(300, "s", "ASSUMED: workers start, and pull an image of some GB")
-LOAD_SECONDS = Figure(40, "s", f"{_PERFORMANCE}: a prepared nasnet_large to its first vectors")
+LOAD_SECONDS = Figure(
+    40,
+    "s",
+    "measured: a prepared nasnet_large to its first vectors, before weights stood beside graphs",
+)
 
 # Stores. Pages and their seconds are those of a service that was not measured.
 PAGE_OBJECTS = Figure(1000, "objects", "both services' largest page; seen: tests/test_stores.py")
