@@ -250,9 +250,13 @@ class NewFile:
             return
         try:
             if self._temporary is None:
+                from storage import steady  # which stands on this module
+
                 try:
-                    self._upload()
+                    steady.attempt(self._upload, self.path)
                 except Exception as error:
+                    if self.path in str(error):
+                        raise
                     raise _store_error(self.path, error) from error
             self._handle.close()
             if self._temporary is not None:

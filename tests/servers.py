@@ -11,6 +11,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -270,16 +271,16 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         if trouble == BUSY:
             self.send_error(503)
             return
-        path, token = self.path, 0
-        if self.road.store.uri.startswith("gs:"):  # the emulator knows no pages
-            path, _, token = path.partition("&pageToken=")
+        # The emulator of gs:// knows no pages, and passes over the token.
+        token = re.search(r"[?&]pageToken=(\d+)", self.path)
         connection = http.client.HTTPConnection(self.road.upstream, timeout=60)
-        connection.request(self.command, path, body, dict(self.headers))
+        connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()
         data = answer.read()
         connection.close()
-        if b'"items"' in data[:10000] and path.partition("?")[0].endswith("/o"):
-            data = _page(data, int(token or 0))
+        listing = self.command == "GET" and self.path.partition("?")[0].endswith("/o")
+        if listing and answer.status == 200 and self.road.store.uri.startswith("gs:"):
+            data = _page(data, int(token[1]) if token else 0)
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
@@ -299,7 +300,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
 
 def _page(listing: bytes, start: int) -> bytes:
-    told = json.loads(listing)
+    told = {"items": [], **json.loads(listing)}
     if start + PAGE < len(told["items"]):
         told["nextPageToken"] = str(start + PAGE)
     told["items"] = told["items"][start : start + PAGE]
