@@ -226,7 +226,7 @@ def s3_store() -> Iterator[Store]:
 
 STORES = {"gs": gs_store, "s3": s3_store}
 PAGE = 1000  # objects that a page of a listing holds, at both services
-BUSY, CUT, LOST = "busy", "cut", "lost"
+BUSY, CUT, LOST, FORBIDDEN = "busy", "cut", "lost", "forbidden"
 
 
 @dataclass
@@ -268,8 +268,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         if trouble == LOST:
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        if trouble == BUSY:
-            self.send_error(503)
+        if trouble in (BUSY, FORBIDDEN):
+            self.send_error(503 if trouble == BUSY else 403)
             return
         # The emulator of gs:// knows no pages, and passes over the token.
         token = re.search(r"[?&]pageToken=(\d+)", self.path)

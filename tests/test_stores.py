@@ -11,7 +11,7 @@ import exports
 import pytest
 import servers
 from pictures import jpeg
-from servers import BUSY, CUT, LOST
+from servers import BUSY, CUT, FORBIDDEN, LOST
 from test_models import stored_rows
 
 from formats import inputs
@@ -166,11 +166,19 @@ def test_input_model_and_output_outlast_trouble(run, road, stocked, kind):
     assert listed == {"manifest.json", "_SUCCESS", *(f["path"] for f in manifest["files"])}
 
 
-def test_a_picture_that_never_comes_is_one_failure(run, road, stocked):
-    road.trouble = lambda method, path, body: BUSY if "/3.jpg" in path.replace("%2F", "/") else None
+def test_a_picture_that_is_forbidden_is_one_failure(run, road, stocked):
+    def trouble(method, path, body):
+        return FORBIDDEN if "3.jpg" in path and method in ("GET", "HEAD") else None
+
+    road.trouble = trouble
     ran = run("out-one", max_failure_rate=0.5)
     assert ran.code == 0, ran.stderr
     assert (ran.line["features"], ran.line["failures"]) == (IMAGES - 1, 1)
+    output = f"{stocked}/out-one"
+    road.trouble = lambda method, path, body: None
+    rows = stored_rows(output, json.loads(files.read_bytes(f"{output}/manifest.json")))
+    told = [(row["key"], row["error_class"]) for row in rows["failures"]]
+    assert told == [(f"{stocked}/in/3.jpg", "PermissionError")]
 
 
 def test_a_commit_that_never_arrives_is_resumed(run, road, stocked):
@@ -178,7 +186,9 @@ def test_a_commit_that_never_arrives_is_resumed(run, road, stocked):
 
     def trouble(method, path, body):
         written = method in ("PUT", "POST")
-        return BUSY if written and (b"manifest.json" in body or "manifest.json" in path) else None
+        return (
+            FORBIDDEN if written and (b"manifest.json" in body or "manifest.json" in path) else None
+        )
 
     road.trouble = trouble
     ran = run("out-resumed", rows_per_file=2)
@@ -205,9 +215,18 @@ def test_a_commit_that_never_arrives_is_resumed(run, road, stocked):
 def test_what_was_cut_on_its_way_up_is_no_object(road, stocked):
     """A data file that cannot be stored is not there, in no length."""
     target = f"{stocked}/torn/part.parquet"
-    road.trouble = lambda method, path, body: LOST if method in ("PUT", "POST") else None
+    tried = []
+
+    def trouble(method, path, body):
+        if len(body) < 1_000_000:
+            return None
+        tried.append(len(body))
+        return LOST if len(tried) == 1 else FORBIDDEN
+
+    road.trouble = trouble
     with pytest.raises(OSError, match=r"part\.parquet"):
         files.write_bytes(target, b"x" * 3_000_000)
+    assert len(tried) >= 2
     road.trouble = lambda method, path, body: None
     assert not files.is_file(target)
     assert files.list_folder(f"{stocked}/torn") == []
