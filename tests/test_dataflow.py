@@ -327,27 +327,37 @@ def test_workers_get_this_code_and_no_dependency(make):
 
 @pytest.mark.engines
 def test_no_picture_crosses_a_shuffle(make):
-    """One step groups, before any picture is read; and the commit is given files and counts."""
+    """Units of work are grouped before any picture is read, and timings after; nothing else is.
+
+    The commit is given files, counts and timings.
+    """
     made = make(gpu="nvidia-tesla-t4")
     leaves = made.leaves()
+    spread, add = "ReadImages/Spread/ReshufflePerKey/GroupByKey", "Publish/AddTimings"
     grouping = {name for name, leaf in leaves.items() if is_grouping(leaf.spec.urn)}
-    assert grouping == {"ReadImages/Spread/ReshufflePerKey/GroupByKey"}
+    assert spread in grouping
+    assert {name for name in grouping if not name.startswith(f"{add}/")} == {spread}
     read = "ReadImages/ReadUnits/ParDo(_ReadUnits)"
-    assert not grouping & after(leaves, read)
-    assert {"DecodeImages", "ExtractFeatures"} <= {n.partition("/")[0] for n in after(leaves, read)}
+    later = after(leaves, read)
+    assert spread not in later
+    assert {"DecodeImages", "ExtractFeatures"} <= {name.partition("/")[0] for name in later}
 
     by_output = {
         pcollection: (name, tag)
         for name, leaf in leaves.items()
         for tag, pcollection in leaf.outputs.items()
     }
-    given = {by_output[p] for p in leaves["Publish/Map(_publish)"].inputs.values()}
-    assert given == {
-        ("Publish/Create/Map(decode)", "None"),
-        ("AllFiles", "None"),
-        (read, "skipped"),
-    }
-    files_of = {by_output[p][0].partition("/")[0] for p in leaves["AllFiles"].inputs.values()}
+
+    def given(*steps: str) -> set[tuple[str, str]]:
+        """What `steps` take from others: step and tag."""
+        taken = {by_output[p] for step in steps for p in leaves[step].inputs.values()}
+        return {(name, tag) for name, tag in taken if not name.startswith("Publish/")}
+
+    adding = [name for name in leaves if name.startswith(f"{add}/")]
+    assert given(*adding) == {("AllTimings", "None")}
+    assert {tag for _, tag in given("AllTimings")} == {"timings"}
+    assert given("Publish/Map(_publish)") == {("AllFiles", "None"), (read, "skipped")}
+    files_of = {name.partition("/")[0] for name, _ in given("AllFiles")}
     assert files_of == {"WriteFeatures", "WriteFailures"}
 
 
