@@ -1,0 +1,134 @@
+"""The pool of Python workers: what a worker is told, and that each asker stops only its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from apache_beam.portability.api import (
+    beam_fn_api_pb2,
+    beam_fn_api_pb2_grpc,
+    beam_provision_api_pb2,
+    beam_provision_api_pb2_grpc,
+    endpoints_pb2,
+)
+from apache_beam.runners.worker import sdk_worker_main
+from google.protobuf import json_format
+
+from pipeline import workers
+
+
+class Provision(beam_provision_api_pb2_grpc.ProvisionServiceServicer):
+    """An engine that tells workers of its job."""
+
+    def GetProvisionInfo(self, request, context):
+        self.asked = dict(context.invocation_metadata())["worker_id"]
+        info = beam_provision_api_pb2.ProvisionInfo(runner_capabilities=["one", "two"])
+        options = {"beam:option:s3_endpoint_url:v1": "http://127.0.0.1:1"}
+        json_format.ParseDict(options, info.pipeline_options)
+        return beam_provision_api_pb2.GetProvisionInfoResponse(info=info)
+
+
+@contextlib.contextmanager
+def served(add, servicer):
+    """The address of a gRPC server of `servicer`."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    add(servicer, server)
+    port = server.add_insecure_port("localhost:0")
+    server.start()
+    try:
+        yield f"localhost:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+@contextlib.contextmanager
+def served_pool(**how):
+    """A pool, and an engine's way to it: one channel for each asker."""
+    pool = workers.WorkerPool(**how)
+    add = beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server
+    with served(add, pool) as address, contextlib.ExitStack() as channels:
+
+        def ask():
+            # Else gRPC would share one connection among the channels of a process.
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channel = channels.enter_context(grpc.insecure_channel(address, options))
+            return beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolStub(channel)
+
+        try:
+            yield pool, ask
+        finally:
+            pool.stop_all()
+
+
+def start_request(worker_id="1-1", provision=""):
+    def at(url):
+        return endpoints_pb2.ApiServiceDescriptor(url=url)
+
+    return beam_fn_api_pb2.StartWorkerRequest(
+        worker_id=worker_id,
+        control_endpoint=at("localhost:1"),
+        provision_endpoint=at(provision),
+    )
+
+
+def running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_worker_is_told_the_options_of_its_job():
+    provision = Provision()
+    add = beam_provision_api_pb2_grpc.add_ProvisionServiceServicer_to_server
+    with served(add, provision) as address:
+        told = workers._environment(start_request("7-1", address))
+    assert provision.asked == told["WORKER_ID"] == "7-1"
+    assert told["RUNNER_CAPABILITIES"] == "one two"
+    assert "localhost:1" in told["CONTROL_API_SERVICE_DESCRIPTOR"]
+    options = sdk_worker_main._load_pipeline_options(told["PIPELINE_OPTIONS"])
+    assert options == {"s3_endpoint_url": "http://127.0.0.1:1"}
+
+
+def test_of_two_workers_with_one_id_each_asker_stops_its_own():
+    with served_pool() as (pool, ask):
+        first, second = ask(), ask()
+        assert not first.StartWorker(start_request()).error
+        assert not second.StartWorker(start_request()).error
+        one, other = (process.pid for process in pool._workers.values())
+        stop = beam_fn_api_pb2.StopWorkerRequest(worker_id="1-1")
+        first.StopWorker(stop)
+        assert (running(one), running(other)) == (False, True)
+        second.StopWorker(stop)
+        assert not running(other)
+        second.StopWorker(stop)  # it has ended: no error
+
+
+def test_no_worker_outlives_the_pool():
+    with served_pool() as (pool, ask):
+        ask().StartWorker(start_request())
+        (process,) = pool._workers.values()
+    assert not running(process.pid)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_workers_are_pinned_in_turn():
+    with served_pool(cores_each=1) as (pool, ask):
+        for number in range(2):
+            ask().StartWorker(start_request(f"{number}-1"))
+        cores = [os.sched_getaffinity(process.pid) for process in pool._workers.values()]
+    assert [len(share) for share in cores] == [1, 1]
+    assert cores[0] != cores[1]
+
+
+def test_what_stands_in_the_way_is_the_answer(monkeypatch):
+    monkeypatch.setattr(workers, "_ANSWER", 0.2)
+    with served_pool() as (pool, ask):
+        answer = ask().StartWorker(start_request(provision="localhost:1"))
+        assert "DEADLINE_EXCEEDED" in answer.error
+        assert not pool._workers
