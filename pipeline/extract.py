@@ -7,6 +7,8 @@ On Dataflow the same with `--runner DataflowRunner --project P --region R --temp
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import logging
 import os
 import signal
@@ -44,7 +46,7 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     code = command()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # TensorFlow's and Beam's threads need not be waited for
+    _leave(code)  # TensorFlow's and Beam's threads need not be waited for
 
 
 def log_handler(stream: TextIO | None = None) -> logging.Handler:
@@ -78,7 +80,19 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
         files.NewFile.abandon_all(for_good=True)
     name = signal.Signals(number).name
     os.write(2, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
-    os._exit(128 + number)  # threads of the runner would hold a gentler exit back
+    _leave(128 + number)  # threads of the runner would hold a gentler exit back
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once, and the servers that Beam has started for it (Prism, a job server).
+
+    Beam would end them in handlers that are not called here.
+    """
+    for path in glob.glob("/proc/self/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as children:
+            for child in children.read().split():
+                os.kill(int(child), signal.SIGTERM)
+    os._exit(code)
 
 
 if __name__ == "__main__":
