@@ -1,0 +1,1 @@
+"""Real engines on one machine: what the tests start, and what shows how a cluster is set up."""

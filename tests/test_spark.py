@@ -1,0 +1,26 @@
+"""The job on a standalone Spark cluster: its output and its verdicts."""
+
+from __future__ import annotations
+
+import pytest
+from clusters import assert_same_output, need, run_job, write_input
+
+from engines import spark
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A master and two workers, ended with the module's last test."""
+    need("java", "mvn")
+    running = spark.up(tmp_path_factory.mktemp("spark"))
+    yield running
+    running.down()
+    assert not [process.name for process in running.processes if process.group()]
+
+
+def test_the_rows_are_those_of_the_direct_runner(cluster, tmp_path):
+    inputs = write_input(tmp_path / "in")
+    ran = run_job(tmp_path, "spark", inputs, *cluster.flags)
+    assert_same_output(ran, run_job(tmp_path, "direct", inputs))
