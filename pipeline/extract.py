@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn, TextIO
 
+if not __package__:  # run by its path, as some schedulers do: its own folder would hide the rooms
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 from pipeline import options as flags
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
@@ -41,6 +44,7 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     """Run `command` as this process: logs to stderr, signals answered, its result the exit code."""
     logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    _tell_of_dataflow()
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _interrupted)
     code = command()
@@ -70,6 +74,13 @@ def _is_news(record: logging.LogRecord) -> bool:
     if record.name.startswith("apache_beam.") and isinstance(error, OSError | RunError):
         return False
     return not record.getMessage().startswith("Resource module is not available")
+
+
+def _tell_of_dataflow() -> None:
+    """Log what Beam tells of a job on Dataflow: its states, and the id that Airflow looks for."""
+    logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
+    client = logging.getLogger("apache_beam.runners.dataflow.internal.apiclient")
+    client.addFilter(lambda record: not str(record.msg).startswith("Create job:"))  # all of it
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

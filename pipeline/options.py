@@ -413,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
         text = spec.pop("help") + _default_text(knob_field)
         spec.pop("why")
         if "names" in spec:
-            spec["type"] = names_list(spec.pop("names"))
+            spec |= {"type": names_list(spec.pop("names")), "action": "extend"}
         result.add_argument(
             f"--{knob_field.name}", help=text.replace("%", "%%"), default=argparse.SUPPRESS, **spec
         )
@@ -442,9 +442,10 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """`argv` as options and the flags that are Beam's. Raises RequestError for anything else."""
     known, rest = parser().parse_known_args(list(argv))
     check_beam_flags(rest)
-    values = vars(known)
-    if "input" in values:
-        values["input"] = tuple(values["input"])
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(known).items()
+    }
     return Options(**values), rest
 
 

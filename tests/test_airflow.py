@@ -1,0 +1,275 @@
+"""The DAGs in a real Airflow, and what its operators send held against our command line.
+
+Airflow is in an environment of its own and runs the job with this one's Python.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import airflows
+import exports
+import pyarrow.parquet as pq
+import pytest
+from airflows import Airflow, Standalone, await_
+from pictures import jpeg, truncated
+
+from pipeline import extract, verify
+from pipeline.options import parse
+
+OURS, BEAMS = "image_features", "image_features_by_beam_operator"
+MANY = 2000  # pictures of the run that is killed
+
+
+def write_day(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(jpeg(24 + number % 50, 24 + seed))
+
+
+def rows(output: Path) -> dict[str, tuple[str, tuple[float, ...]]]:
+    """Key to digest and embedding of all that the manifest names; the output is whole."""
+    assert verify.main([str(output)]) == 0
+    manifest = json.loads((output / "manifest.json").read_text())
+    found = [
+        (row["key"], (row["sha256"], tuple(row["embedding"])))
+        for entry in manifest["files"]
+        if entry["path"].startswith("features/")
+        for row in pq.read_table(output / entry["path"]).to_pylist()
+    ]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the DAGs' variable names: a folder of days, and where their outputs go."""
+
+    input: Path
+    output: Path
+    model: str
+
+    def variable(self, **more: Any) -> dict[str, Any]:
+        return {
+            "input": str(self.input),
+            "output": str(self.output),
+            "model": self.model,
+            "python": sys.executable,
+            **more,
+        }
+
+    def direct(self, day: str, output: Path) -> dict[str, tuple[str, tuple[float, ...]]]:
+        """The rows of a run of the job itself on `day`."""
+        words = ["--input", str(self.input / day), "--model", self.model, "--output", str(output)]
+        assert extract.main(words) == 0
+        return rows(output)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("airflow")
+    model = shutil.copytree(exports.exported("saved_model", "classification"), folder / "model")
+    place = Place(folder / "in", folder / "out", str(model))
+    write_day(place.input / "2026-11-01", 6)
+    write_day(place.input / "2026-11-02", 5, seed=1)
+    return place
+
+
+@pytest.fixture(scope="module")
+def airflow(place, tmp_path_factory) -> Airflow:
+    variable = place.variable(options={"rows_per_file": 20, "batch_size": 8})
+    return airflows.make(tmp_path_factory.mktemp("home"), variable)
+
+
+# --- what the operators send --------------------------------------------------------------------
+
+
+def test_what_beams_operator_adds_is_taken():
+    """Its form of flags: one word each with `=`, its label, a name of the job, repeated lists."""
+    options, beam = parse(
+        [
+            "--runner=DirectRunner",
+            "--input=in/a",
+            "--input=in/b",
+            "--model=m",
+            "--output=out",
+            "--outputs=embedding",
+            "--outputs=logits",
+            "--columns=a,b",
+            "--columns=c",
+            "--value_range=-1,1",
+            "--allow_empty",
+            "--labels=airflow-version=v3-3-2",
+            "--job_name=extract-1a2b3c4d",
+            "--project=p",
+            "--region=r",
+            "--service_account_email=a@b",
+            "--impersonate_service_account=a@b",
+            "--no_use_public_ips",
+        ]
+    )
+    assert options.input == ("in/a", "in/b")
+    assert options.outputs == ("embedding", "logits")
+    assert options.columns == ("a", "b", "c")
+    assert options.value_range == (-1, 1)
+    assert options.allow_empty
+    assert "--labels=airflow-version=v3-3-2" in beam
+
+
+def test_airflow_and_the_job_agree_on_beam():
+    def beam(lock: str) -> list[str]:
+        text = (airflows.ROOT / "requirements" / lock).read_text()
+        return re.findall(r"^apache-beam(?:\[.*\])?==(\S+)", text, re.M)
+
+    assert beam("airflow.txt") == beam("runtime.txt") != []
+
+
+# --- `airflow dags test` ------------------------------------------------------------------------
+
+
+@pytest.mark.engines
+def test_three_dated_runs_one_of_them_empty(airflow, place, tmp_path):
+    for day in ("2026-11-01", "2026-11-02", "2026-11-03"):
+        told = airflow.command("dags", "test", OURS, day)
+        assert told.returncode == 0, told.stdout[-3000:]
+        assert "state=success" in told.stdout
+    for day, count in (("2026-11-01", 6), ("2026-11-02", 5)):
+        found = rows(place.output / day)
+        assert len(found) == count
+        assert found == place.direct(day, tmp_path / day)
+    assert rows(place.output / "2026-11-03") == {}
+    manifest = (place.output / "2026-11-01" / "manifest.json").read_bytes()
+    files = {path: path.stat().st_mtime_ns for path in place.output.rglob("*.parquet")}
+    again = airflow.command("dags", "test", OURS, "2026-11-01")
+    assert "state=success" in again.stdout
+    assert '"skipped": 6' in again.stdout
+    listed = [json.loads(text)["files"] for text in (manifest, _manifest(place, "2026-11-01"))]
+    assert listed[0] == listed[1]
+    assert {p: p.stat().st_mtime_ns for p in place.output.rglob("*.parquet")} == files
+    assert sorted(p.name for p in place.output.iterdir()) == [
+        "2026-11-01",
+        "2026-11-02",
+        "2026-11-03",
+    ]
+
+
+def _manifest(place: Place, day: str) -> bytes:
+    return (place.output / day / "manifest.json").read_bytes()
+
+
+@pytest.mark.engines
+def test_a_wrong_request_fails_at_once(airflow, place):
+    wrong = json.dumps(place.variable(options={"no_such_flag": 1}))
+    told = airflow.command("dags", "test", OURS, "2026-11-04", AIRFLOW_VAR_IMAGE_FEATURES=wrong)
+    assert "state=failed" in told.stdout
+    assert "wrong request, exit 2: error: --no_such_flag" in told.stdout
+    assert told.stdout.count("[DAG TEST] running task") == 1
+    assert not (place.output / "2026-11-04").exists()
+
+
+# --- a standalone Airflow -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(airflow, place) -> Iterator[Standalone]:
+    write_day(place.input / "2026-11-10", MANY)
+    write_day(place.input / "2026-11-11", 4)
+    (place.input / "2026-11-12").mkdir()
+    (place.input / "2026-11-12" / "a.jpg").write_bytes(jpeg(40, 30))
+    (place.input / "2026-11-12" / "b.jpg").write_bytes(truncated(jpeg(40, 30)))
+    with airflows.standalone(airflow) as server:
+        server.unpause(OURS)
+        server.unpause(BEAMS)
+        yield server
+
+
+@pytest.mark.engines
+def test_the_schedule_runs_the_day_that_is_over(server, place):
+    (run,) = await_(lambda: server.ask(f"dags/{OURS}/dagRuns?run_type=scheduled")["dag_runs"], 60, "a scheduled run")
+    assert server.ended(OURS, run["dag_run_id"]) == "success"
+    day = run["logical_date"][:10]
+    after = datetime.datetime.fromisoformat(run["run_after"])
+    assert after - datetime.datetime.fromisoformat(run["logical_date"]) == datetime.timedelta(1)
+    line = server.xcom(OURS, run["dag_run_id"])
+    assert (line["status"], line["output"]) == ("complete", str(place.output / day))
+
+
+@pytest.mark.engines
+def test_killed_runs_are_retried_and_leave_every_image_once(server, place, tmp_path):
+    """First the job is killed in its work, then the task's own process, which takes the job along."""
+    output = place.output / "2026-11-10"
+    run = server.trigger(OURS, "2026-11-10")
+
+    def at_work() -> int | None:
+        found = airflows.jobs(output)
+        return found[0] if found and list(output.glob("features/part-*")) else None
+
+    first = await_(at_work, 120, "the first files of the job")
+    os.kill(first, signal.SIGKILL)
+    written = set(output.glob("features/part-*"))
+    assert not (output / "manifest.json").exists()
+
+    def at_work_again() -> int | None:
+        job = at_work()
+        return job if job != first and set(output.glob("features/part-*")) - written else None
+
+    second = await_(at_work_again, 120, "files of the second try")
+    os.kill(airflows.parent(second), signal.SIGKILL)
+    await_(lambda: not Path(f"/proc/{second}").exists(), 20, "the end of the job with its task")
+    assert not (output / "manifest.json").exists()
+
+    assert server.ended(OURS, run) == "success"
+    assert server.task(OURS, run)["try_number"] == 3
+    line = server.xcom(OURS, run)
+    assert line["images"] == MANY
+    assert line["skipped"] > 0
+    assert rows(output) == place.direct("2026-11-10", tmp_path / "direct")
+
+
+@pytest.mark.engines
+def test_a_cleared_run_adds_what_came_late_and_nothing_else(server, place, tmp_path):
+    run = server.trigger(OURS, "2026-11-11")
+    assert server.ended(OURS, run) == "success"
+    before = rows(place.output / "2026-11-11")
+    server.clear(OURS, run)
+    assert server.ended(OURS, run) == "success"
+    assert server.xcom(OURS, run)["skipped"] == 4
+    assert rows(place.output / "2026-11-11") == before
+    (place.input / "2026-11-11" / "late.jpg").write_bytes(jpeg(50, 50))
+    server.clear(OURS, run)
+    assert server.ended(OURS, run) == "success"
+    line = server.xcom(OURS, run)
+    assert (line["features"], line["skipped"]) == (1, 4)
+    after = rows(place.output / "2026-11-11")
+    assert before.items() < after.items()
+    assert after == place.direct("2026-11-11", tmp_path / "direct")
+
+
+@pytest.mark.engines
+def test_too_many_failures_are_not_retried_and_tell_their_counts(server, place):
+    run = server.trigger(OURS, "2026-11-12")
+    assert server.ended(OURS, run) == "failed"
+    assert server.task(OURS, run)["try_number"] == 1
+    line = server.xcom(OURS, run)
+    assert (line["status"], line["images"], line["failures"]) == ("too_many_failures", 2, 1)
+    assert "exit 3, nothing published: 1 of 2 images" in server.log(OURS, run, 1)
+
+
+@pytest.mark.engines
+def test_beams_operator_runs_the_job_deferred(server, place, tmp_path):
+    day = "2026-11-02"
+    shutil.rmtree(place.output / day, ignore_errors=True)
+    run = server.trigger(BEAMS, day)
+    await_(lambda: server.task(BEAMS, run)["state"] == "deferred", 120, "a deferred task")
+    assert server.ended(BEAMS, run) == "success"
+    assert rows(place.output / day) == place.direct(day, tmp_path / day)
