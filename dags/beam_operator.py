@@ -2,7 +2,8 @@
 
 For those who have that operator everywhere: it needs no code of ours, but it gives no JSON line,
 and retries whatever the exit code. On Dataflow it waits for the job's state, which is DONE also for
-a run with too many failures; `verify` after it tells. The variable is as in image_features.py.
+a run with too many failures; `verify` after it tells. The variable is as in image_features.py;
+for Dataflow give the operator `dataflow_config` and a temp_location besides.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from airflow.providers.apache.beam.operators.beam import BeamRunPythonPipelineOp
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
+
+class RunPythonPipeline(BeamRunPythonPipelineOperator):
+    """Beam's operator, its interpreter templated too."""
+
+    template_fields = (*BeamRunPythonPipelineOperator.template_fields, "py_interpreter")
+
+
 with DAG(
     "image_features_by_beam_operator",
     schedule=None,  # one of the two DAGs is enough: trigger it with a logical date
@@ -22,7 +30,7 @@ with DAG(
     doc_md=__doc__,
 ) as dag:
     output = "{{ var.json.image_features.output }}/{{ ds }}"
-    extract = BeamRunPythonPipelineOperator(
+    extract = RunPythonPipeline(
         task_id="extract",
         py_file="pipeline.extract",
         py_options=["-m"],

@@ -77,10 +77,16 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _tell_of_dataflow() -> None:
-    """Log what Beam tells of a job on Dataflow: its states, and the id that Airflow looks for."""
+    """Log a job's states on Dataflow, its address, and its id, for which Airflow reads stderr."""
     logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
     client = logging.getLogger("apache_beam.runners.dataflow.internal.apiclient")
-    client.addFilter(lambda record: not str(record.msg).startswith("Create job:"))  # all of it
+    client.addFilter(_is_told)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """False for what Beam tells of every upload, and of every option, secrets too."""
+    told = ("Created job with id", "To access the Dataflow")
+    return record.levelno > logging.INFO or str(record.msg).startswith(told)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -109,7 +109,8 @@ def make(home: Path, variable: dict[str, Any]) -> Airflow:
         "AIRFLOW_VAR_IMAGE_FEATURES": json.dumps(variable),
         "PATH": f"{environment() / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),  # for the job, where its environment holds another checkout
-        "NO_GCE_CHECK": "true",
+        "AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT": "google-cloud-platform://",
+        "NO_GCE_CHECK": "true",  # that no one waits for Google's metadata server
     }
     inherited = {key: value for key, value in os.environ.items() if key[:7] != "AIRFLOW"}
     airflow = Airflow(home, inherited | told)
@@ -165,7 +166,9 @@ class Standalone:
 
     def log(self, dag: str, run: str, attempt: int) -> str:
         """The log of one try of `extract`."""
-        return json.dumps(self.ask(f"dags/{dag}/dagRuns/{run}/taskInstances/extract/logs/{attempt}"))
+        return json.dumps(
+            self.ask(f"dags/{dag}/dagRuns/{run}/taskInstances/extract/logs/{attempt}")
+        )
 
     def ended(self, dag: str, run: str, seconds: float = STARTED) -> str:
         """Wait for the run's end; returns its state."""
@@ -178,7 +181,7 @@ class Standalone:
 
 @contextlib.contextmanager
 def standalone(airflow: Airflow) -> Iterator[Standalone]:
-    """`airflow standalone`: scheduler, DAG processor, API server and triggerer, and LocalExecutor."""
+    """`airflow standalone`: scheduler, DAG processor, API server, triggerer and LocalExecutor."""
     log = airflow.home / "standalone.log"
     with log.open("w") as stream:
         process = subprocess.Popen(

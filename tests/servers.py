@@ -330,3 +330,41 @@ def _answers(url: str) -> None:
         except OSError:
             time.sleep(0.05)
     raise AssertionError(f"{url} does not answer")
+
+
+JOB = "2026-11-20_00_00_00-1234567890123456789"
+
+
+class _Dataflow(http.server.BaseHTTPRequestHandler):
+    asked: list[str]
+
+    def do_POST(self) -> None:
+        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(job["name"])
+        self.answer({**job, "id": JOB, "currentState": "JOB_STATE_PENDING"})
+
+    def do_GET(self) -> None:
+        messages = self.path.partition("?")[0].endswith("/messages")
+        self.answer({} if messages else {"id": JOB, "currentState": "JOB_STATE_DONE"})
+
+    def answer(self, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def dataflow_front() -> Iterator[tuple[str, list[str]]]:
+    """What a launcher sees of Dataflow: jobs are accepted as `JOB`, and done, but nothing is run.
+
+    Gives the address for --dataflow_endpoint, and the names of the jobs so far.
+    """
+    handler = type("Handler", (_Dataflow,), {"asked": []})
+    with _serving(handler) as server:
+        yield f"http://localhost:{server.server_port}", handler.asked

@@ -21,11 +21,13 @@ import airflows
 import exports
 import pyarrow.parquet as pq
 import pytest
+import servers
 from airflows import Airflow, Standalone, await_
 from pictures import jpeg, truncated
 
 from pipeline import extract, verify
 from pipeline.options import parse
+from storage import files
 
 OURS, BEAMS = "image_features", "image_features_by_beam_operator"
 MANY = 2000  # pictures of the run that is killed
@@ -149,13 +151,13 @@ def test_three_dated_runs_one_of_them_empty(airflow, place, tmp_path):
         assert found == place.direct(day, tmp_path / day)
     assert rows(place.output / "2026-11-03") == {}
     manifest = (place.output / "2026-11-01" / "manifest.json").read_bytes()
-    files = {path: path.stat().st_mtime_ns for path in place.output.rglob("*.parquet")}
+    written = {path: path.stat().st_mtime_ns for path in place.output.rglob("*.parquet")}
     again = airflow.command("dags", "test", OURS, "2026-11-01")
     assert "state=success" in again.stdout
     assert '"skipped": 6' in again.stdout
     listed = [json.loads(text)["files"] for text in (manifest, _manifest(place, "2026-11-01"))]
     assert listed[0] == listed[1]
-    assert {p: p.stat().st_mtime_ns for p in place.output.rglob("*.parquet")} == files
+    assert {p: p.stat().st_mtime_ns for p in place.output.rglob("*.parquet")} == written
     assert sorted(p.name for p in place.output.iterdir()) == [
         "2026-11-01",
         "2026-11-02",
@@ -177,6 +179,79 @@ def test_a_wrong_request_fails_at_once(airflow, place):
     assert not (place.output / "2026-11-04").exists()
 
 
+# --- Dataflow, as far as it goes without the service ---------------------------------------------
+
+SUBMIT = """
+import json, sys
+from airflow.providers.apache.beam.operators.beam import BeamRunPythonPipelineOperator
+from airflow.sdk.exceptions import AirflowException, TaskDeferred
+from extract_operator import ExtractFeaturesOperator
+
+class Instance:
+    pushed = {}
+    def xcom_push(self, key, value):
+        self.pushed[key] = value
+
+python, flags = json.loads(sys.argv[1])
+context = {"ti": Instance(), "task_instance": Instance()}
+common = {"task_id": "extract", "runner": "DataflowRunner", "py_interpreter": python}
+service = {"project_id": "p", "location": "europe-west1", "job_name": "beams"}
+beams = BeamRunPythonPipelineOperator(
+    py_file="pipeline.extract", py_options=["-m"], pipeline_options=dict(flags),
+    dataflow_config=service, deferrable=True, **common,
+)
+try:
+    beams.execute(context)
+except TaskDeferred as deferred:
+    trigger = deferred.trigger.serialize()[1]
+by_beams, Instance.pushed = Instance.pushed["dataflow_job_id"], {}
+ours = {"project": "p", "region": "europe-west1", "job_name": "ours", **flags}
+try:
+    ExtractFeaturesOperator(pipeline_options=ours, **common).execute(context)
+except AirflowException as error:
+    said = str(error)
+print(json.dumps([by_beams, trigger["job_id"], Instance.pushed["dataflow_job_id"], said]))
+"""
+
+
+@pytest.mark.engines
+def test_the_job_id_reaches_both_operators(airflow, place, tmp_path):
+    """Beam's operator defers with it. The job is one that Beam made, and nothing ran it."""
+    credentials = tmp_path / "credentials.json"  # Beam looks for some though it is told not to
+    names = ("token", "refresh_token", "client_id", "client_secret")
+    given = {"type": "authorized_user", "expiry": "2099-01-01T00:00:00Z"}
+    credentials.write_text(json.dumps(given | dict.fromkeys(names, "x")))
+    with servers.gs_store() as store, servers.dataflow_front() as (address, asked):
+        files.configure_stores(store.argv)
+        for path in Path(place.model).rglob("*"):
+            if path.is_file():
+                name = path.relative_to(place.model)
+                files.write_bytes(f"{store.uri}/model/{name}", path.read_bytes())
+        files.write_bytes(f"{store.uri}/in/a.jpg", jpeg(30, 30))
+        flags = {
+            "input": f"{store.uri}/in/",
+            "model": f"{store.uri}/model",
+            "output": f"{store.uri}/out",
+            "temp_location": f"{store.uri}/tmp",
+            "dataflow_endpoint": address,
+            **store.flags,
+        }
+        told = airflow.python(
+            "-c",
+            SUBMIT,
+            json.dumps([sys.executable, flags]),
+            PYTHONPATH=f"{airflows.ROOT}:{airflows.ROOT / 'dags'}",
+            GOOGLE_APPLICATION_CREDENTIALS=str(credentials),
+            STORAGE_EMULATOR_HOST=os.environ["STORAGE_EMULATOR_HOST"],
+        )
+    assert told.returncode == 0, told.stdout[-3000:]
+    *ids, said = json.loads(told.stdout.splitlines()[-1])
+    assert ids == [servers.JOB] * 3
+    assert "exit 1: ERROR pipeline: run" in said
+    assert [name.split("-")[0] for name in asked] == ["beams", "ours"]
+    assert "sdk_pipeline_options" not in told.stdout  # all options, those of s3:// with its secret
+
+
 # --- a standalone Airflow -----------------------------------------------------------------------
 
 
@@ -195,7 +270,11 @@ def server(airflow, place) -> Iterator[Standalone]:
 
 @pytest.mark.engines
 def test_the_schedule_runs_the_day_that_is_over(server, place):
-    (run,) = await_(lambda: server.ask(f"dags/{OURS}/dagRuns?run_type=scheduled")["dag_runs"], 60, "a scheduled run")
+    (run,) = await_(
+        lambda: server.ask(f"dags/{OURS}/dagRuns?run_type=scheduled")["dag_runs"],
+        60,
+        "a scheduled run",
+    )
     assert server.ended(OURS, run["dag_run_id"]) == "success"
     day = run["logical_date"][:10]
     after = datetime.datetime.fromisoformat(run["run_after"])
@@ -206,7 +285,7 @@ def test_the_schedule_runs_the_day_that_is_over(server, place):
 
 @pytest.mark.engines
 def test_killed_runs_are_retried_and_leave_every_image_once(server, place, tmp_path):
-    """First the job is killed in its work, then the task's own process, which takes the job along."""
+    """First the job is killed at work, then the task's own process, which takes the job along."""
     output = place.output / "2026-11-10"
     run = server.trigger(OURS, "2026-11-10")
 
