@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,6 +129,22 @@ def test_what_beams_operator_adds_is_taken():
     assert "--labels=airflow-version=v3-3-2" in beam
 
 
+def test_the_job_runs_by_its_path_too(tmp_path):
+    """Where its own folder comes first, `models` would be pipeline/models.py."""
+    path = airflows.ROOT / "pipeline" / "extract.py"
+    words = ["--input", "nothing/here", "--model", "no/model", "--output", str(tmp_path / "out")]
+    told = subprocess.run(
+        [sys.executable, path, *words],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.startswith("error: ")
+    assert "no/model" in told.stderr
+
+
 def test_airflow_and_the_job_agree_on_beam():
     def beam(lock: str) -> list[str]:
         text = (airflows.ROOT / "requirements" / lock).read_text()
@@ -179,10 +196,10 @@ def test_a_wrong_request_fails_at_once(airflow, place):
     assert not (place.output / "2026-11-04").exists()
 
 
-# --- Dataflow, as far as it goes without the service ---------------------------------------------
+# --- an operator by itself, in Airflow's Python ---------------------------------------------------
 
-SUBMIT = """
-import json, sys
+EXECUTE = """
+import json, signal, sys
 from airflow.providers.apache.beam.operators.beam import BeamRunPythonPipelineOperator
 from airflow.sdk.exceptions import AirflowException, TaskDeferred
 from extract_operator import ExtractFeaturesOperator
@@ -194,11 +211,78 @@ class Instance:
 
 python, flags = json.loads(sys.argv[1])
 context = {"ti": Instance(), "task_instance": Instance()}
-common = {"task_id": "extract", "runner": "DataflowRunner", "py_interpreter": python}
+common = {"task_id": "extract", "py_interpreter": python}
+"""
+BY_PATH = (
+    EXECUTE
+    + """
+BeamRunPythonPipelineOperator(
+    py_file=flags.pop("py_file"), pipeline_options=flags, deferrable=False, **common
+).execute(context)
+"""
+)
+KILLED = (
+    EXECUTE
+    + """
+def after(seconds, act):
+    task = ExtractFeaturesOperator(pipeline_options=flags, **common)
+    signal.signal(signal.SIGALRM, lambda *_: act(task))
+    signal.alarm(seconds)
+    try:
+        task.execute(context)
+    except (AirflowException, TimeoutError) as error:
+        return type(error).__name__, str(error), task._child.poll()
+
+def run_out(task):
+    raise TimeoutError("execution_timeout")
+
+print(json.dumps([after(2, ExtractFeaturesOperator.on_kill), after(2, run_out)]))
+"""
+)
+DAGS_TOO = f"{airflows.ROOT}:{airflows.ROOT / 'dags'}"
+
+
+@pytest.mark.engines
+def test_beams_operator_runs_the_job_by_its_path(airflow, place, tmp_path):
+    flags = {
+        "py_file": str(airflows.ROOT / "pipeline" / "extract.py"),
+        "input": [str(place.input / "2026-11-01" / "0.jpg"), str(place.input / "2026-11-02")],
+        "model": place.model,
+        "output": str(tmp_path / "out"),
+        "outputs": ["embedding", "logits"],
+    }
+    what = json.dumps([sys.executable, flags])
+    told = airflow.python("-c", BY_PATH, what, PYTHONPATH=str(airflows.ROOT / "dags"))
+    assert told.returncode == 0, told.stdout[-3000:]
+    assert "--labels=airflow-version=v" in told.stdout
+    assert len(rows(tmp_path / "out")) == 6
+
+
+@pytest.mark.engines
+def test_a_task_that_is_ended_ends_its_job(airflow, place, tmp_path):
+    flags = {"input": str(place.input), "model": place.model, "output": str(tmp_path / "out")}
+    what = json.dumps([sys.executable, flags])
+    told = airflow.python("-c", KILLED, what, PYTHONPATH=DAGS_TOO)
+    assert told.returncode == 0, told.stdout[-3000:]
+    killed, timed_out = json.loads(told.stdout.splitlines()[-1])
+    ended = (143, -signal.SIGTERM)
+    assert killed[0] == "AirflowException"
+    assert killed[2] in ended
+    assert timed_out[:2] == ["TimeoutError", "execution_timeout"]
+    assert timed_out[2] in ended
+    assert airflows.jobs(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
+
+
+# --- Dataflow, as far as it goes without the service ---------------------------------------------
+
+SUBMIT = (
+    EXECUTE
+    + """
 service = {"project_id": "p", "location": "europe-west1", "job_name": "beams"}
 beams = BeamRunPythonPipelineOperator(
     py_file="pipeline.extract", py_options=["-m"], pipeline_options=dict(flags),
-    dataflow_config=service, deferrable=True, **common,
+    runner="DataflowRunner", dataflow_config=service, deferrable=True, **common,
 )
 try:
     beams.execute(context)
@@ -207,11 +291,14 @@ except TaskDeferred as deferred:
 by_beams, Instance.pushed = Instance.pushed["dataflow_job_id"], {}
 ours = {"project": "p", "region": "europe-west1", "job_name": "ours", **flags}
 try:
-    ExtractFeaturesOperator(pipeline_options=ours, **common).execute(context)
+    ExtractFeaturesOperator(
+        pipeline_options=ours, runner="DataflowRunner", **common
+    ).execute(context)
 except AirflowException as error:
     said = str(error)
 print(json.dumps([by_beams, trigger["job_id"], Instance.pushed["dataflow_job_id"], said]))
 """
+)
 
 
 @pytest.mark.engines
@@ -240,7 +327,7 @@ def test_the_job_id_reaches_both_operators(airflow, place, tmp_path):
             "-c",
             SUBMIT,
             json.dumps([sys.executable, flags]),
-            PYTHONPATH=f"{airflows.ROOT}:{airflows.ROOT / 'dags'}",
+            PYTHONPATH=DAGS_TOO,
             GOOGLE_APPLICATION_CREDENTIALS=str(credentials),
             STORAGE_EMULATOR_HOST=os.environ["STORAGE_EMULATOR_HOST"],
         )
