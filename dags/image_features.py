@@ -7,7 +7,8 @@ and changes nothing else. All that is not the date is in the Airflow variable `i
     {"input": "gs://B/photos", "output": "gs://B/features", "model": "gs://B/models/prepared",
      "python": "/opt/image-features/.venv/bin/python",
      "runner": "DataflowRunner",
-     "options": {"project": "P", "region": "R", "temp_location": "gs://B/tmp"}}
+     "options": {"project": "P", "region": "R", "temp_location": "gs://B/tmp",
+                 "sdk_container_image": "R-docker.pkg.dev/P/features/worker"}}
 
 `python` is that of the job's environment. `runner` may be left out for DirectRunner, and `options`
 are any further flags of the job or of Beam.

@@ -321,6 +321,7 @@ def test_the_job_id_reaches_both_operators(airflow, place, tmp_path):
             "output": f"{store.uri}/out",
             "temp_location": f"{store.uri}/tmp",
             "dataflow_endpoint": address,
+            "sdk_container_image": "europe-docker.pkg.dev/p/features/worker:0.1.0",
             **store.flags,
         }
         told = airflow.python(
