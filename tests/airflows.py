@@ -49,7 +49,7 @@ def environment() -> Path:
             shutil.rmtree(other)
         subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=120)
         pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
-        pip += ["--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes"]
+        pip += ["--disable-pip-version-check", "--require-hashes"]
         subprocess.run([*pip, "--requirement", LOCK], check=True, timeout=1200)
         (venv / "whole").touch()
     return venv
