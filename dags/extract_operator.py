@@ -85,7 +85,10 @@ class ExtractFeaturesOperator(BaseOperator):
                 assert self._child.stdout
                 for line in map(str.rstrip, self._child.stdout):
                     self.log.info("%s", line)
-                    result, last = _result(line) or result, line or last
+                    if found := _result(line):
+                        result = found
+                    elif line:
+                        last = line
                     if job := DATAFLOW_JOB.search(line):
                         context["ti"].xcom_push(key="dataflow_job_id", value=job[1])
             except BaseException:  # such as the task's execution_timeout
