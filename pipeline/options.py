@@ -442,7 +442,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """`argv` as options and the flags that are Beam's. Raises RequestError for anything else."""
     known, rest = parser().parse_known_args(list(argv))
     check_beam_flags(rest)
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(known).items()
     }
