@@ -5,6 +5,9 @@ Beam is imported only when a URI needs it, so that checks of local paths stay qu
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -13,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -161,7 +164,12 @@ def occupied(folder: str) -> bool:
 
 def is_file(path: str) -> bool:
     """Whether a file (or object) lies at `path`."""
-    return bool(_beam().exists(path)) if is_remote(path) else os.path.isfile(path)
+    if not is_remote(path):
+        return os.path.isfile(path)
+    try:
+        return bool(_beam().exists(path))
+    except Exception as error:
+        raise _store_error(path, error) from error
 
 
 def list_folder(folder: str) -> list[FileInfo]:
@@ -173,6 +181,16 @@ def list_folder(folder: str) -> list[FileInfo]:
         for path in sorted(Path(folder).rglob("*"))
         if path.is_file()
     ]
+
+
+def size_of(path: str) -> int:
+    """Bytes of the file at `path`. Raises OSError."""
+    if not is_remote(path):
+        return os.path.getsize(path)
+    found = _match(path)
+    if not found:
+        raise FileNotFoundError(f"{path}: nothing is there")
+    return found[0].size
 
 
 def open_read(path: str) -> BinaryIO:
@@ -199,9 +217,10 @@ def read_bytes(path: str) -> bytes:
 class NewFile:
     """A file that appears under its name whole and closed, or not at all.
 
-    Local: written beside its name and renamed. gs:// and s3://: written to local disk and uploaded
-    on `close`, since closing a stream after an error would publish its beginning. `size` and
-    `sha256` tell of what has been written so far.
+    Local: written beside its name, synced to the disk and renamed; locked meanwhile, so that
+    `abandoned` can tell it from what a killed process left. gs:// and s3://: written to local disk
+    and uploaded on `close`, since closing a stream after an error would publish its beginning.
+    `size` and `sha256` tell of what has been written so far.
     """
 
     _open: set[str] = set()  # temporaries of this process, for `abandon_all`
@@ -217,11 +236,13 @@ class NewFile:
             self._handle = tempfile.TemporaryFile()  # noqa: SIM115
         else:
             folder, name = os.path.split(path)
-            os.makedirs(folder, exist_ok=True)
+            _make_folder(folder)
             self._temporary = os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{name}")
             with NewFile._making:
                 NewFile._open.add(self._temporary)
                 self._handle = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or abort
+            with contextlib.suppress(OSError):  # a filesystem without locks
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @property
     def sha256(self) -> str:
@@ -245,7 +266,7 @@ class NewFile:
         return self._handle.closed
 
     def close(self) -> None:
-        """Make the file appear under its name. Raises OSError, and then nothing appears."""
+        """Make the file appear under its name, lastingly. Raises OSError; then nothing appears."""
         if self.closed:
             return
         try:
@@ -258,10 +279,14 @@ class NewFile:
                     if self.path in str(error):
                         raise
                     raise _store_error(self.path, error) from error
+            else:
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
             self._handle.close()
             if self._temporary is not None:
                 os.replace(self._temporary, self.path)
                 NewFile._open.discard(self._temporary)
+                _sync_folder(os.path.dirname(self.path))
         except BaseException:
             self.abort()
             raise
@@ -313,11 +338,71 @@ class NewFile:
         cls._open.discard(path)
 
 
+def _make_folder(folder: str) -> None:
+    """Make `folder` and what is missing above it, lastingly."""
+    if not os.path.isdir(folder):
+        above = os.path.dirname(folder)
+        _make_folder(above)
+        os.makedirs(folder, exist_ok=True)
+        _sync_folder(above)
+
+
+def _sync_folder(folder: str) -> None:
+    """Let the names in `folder` outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders that cannot be synced
+            raise
+    finally:
+        os.close(handle)
+
+
+def abandoned(path: str) -> bool:
+    """Whether nobody writes at `path` any more, a temporary of `NewFile`; True for others."""
+    if is_remote(path) or not os.path.basename(path).startswith(_TEMPORARY):
+        return True
+    try:
+        with open(path, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # gone, or on a filesystem without locks
+    return True
+
+
+@contextlib.contextmanager
+def alone(folder: str) -> Iterator[None]:
+    """No other process is in here for the same local `folder`; a killed one holds nobody up.
+
+    On a store, and where the filesystem knows no locks, it keeps nobody out.
+    """
+    if is_remote(folder):
+        yield
+        return
+    _make_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_bytes(path: str, data: bytes) -> None:
-    """`data` at `path`, whole or not at all: a rename on a local disk, one PUT on a store."""
+    """`data` at `path`, whole or not at all: a rename on a local disk, one upload to a store."""
+    write_pieces(path, [data])
+
+
+def write_pieces(path: str, pieces: Iterable[Any]) -> None:
+    """`pieces`, one after the other, at `path`, whole or not at all. Raises OSError."""
     file = NewFile(path)
     try:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.close()
     except BaseException:
         file.abort()
@@ -329,9 +414,13 @@ def delete(paths: list[str]) -> None:
     remote = [path for path in paths if is_remote(path)]
     for path in set(paths) - set(remote):
         Path(path).unlink(missing_ok=True)
-    present = [path for path in remote if _beam().exists(path)]
+    present = [path for path in remote if is_file(path)]
     if present:
-        _beam().delete(present)
+        try:
+            _beam().delete(present)
+        except Exception as error:
+            if any(map(is_file, present)):  # else another has deleted the rest meanwhile
+                raise _store_error(present[0], error) from error
 
 
 def check_writable(folder: str) -> None:

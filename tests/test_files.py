@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import re
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -329,6 +333,96 @@ def test_write_bytes_is_whole_or_not_at_all(tmp_path, monkeypatch):
         files.write_bytes(str(path), b"three")
     assert path.read_bytes() == b"two"
     assert all_below(tmp_path) == ["m.json"]
+
+
+def test_a_file_outlasts_a_power_cut_once_it_is_closed(tmp_path, monkeypatch):
+    """Its bytes reach the disk before its name, its name and its folders' before `close` ends."""
+    steps = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        steps.append(("sync", path, os.path.getsize(path) if os.path.isfile(path) else None))
+        sync(handle)
+
+    def renamed(old, new):
+        steps.append(("rename", old, new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    path = tmp_path / "new" / "folder" / "a.bin"
+    file = NewFile(str(path))
+    file.write(b"x" * 10)  # less than any buffer
+    (temporary,) = path.parent.iterdir()
+    file.close()
+    assert steps == [
+        ("sync", str(tmp_path), None),
+        ("sync", str(tmp_path / "new"), None),
+        ("sync", str(temporary), 10),
+        ("rename", str(temporary), str(path)),
+        ("sync", str(path.parent), None),
+    ]
+
+
+@pytest.mark.parametrize(("code", "refused"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, code, refused):
+    """Some filesystems do not know how; a broken disk is told of."""
+    sync = os.fsync
+
+    def fails(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(code, "no")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    if refused:
+        with pytest.raises(OSError, match="no"):
+            files.write_bytes(str(tmp_path / "a"), b"x")
+    else:
+        files.write_bytes(str(tmp_path / "a"), b"x")
+
+
+def child(does, path):
+    """A command that does something with `path`, says so on stdout, and stays."""
+    lines = ["import sys", "from storage import files", f"kept = {does}", "print(flush=True)"]
+    return [sys.executable, "-c", "\n".join([*lines, "sys.stdin.read()"]), str(path)]
+
+
+def test_a_temporary_is_abandoned_once_its_process_is_gone(tmp_path):
+    command = child("files.NewFile(sys.argv[1])", tmp_path / "a.bin")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        (temporary,) = map(str, tmp_path.iterdir())
+        assert not files.abandoned(temporary)
+        process.kill()
+        process.wait()
+        assert files.abandoned(temporary)
+    assert files.abandoned(str(tmp_path / "another.bin"))
+    assert files.abandoned(str(tmp_path / ".tmp-gone"))
+    assert files.abandoned("gs://bucket/.tmp-1")
+
+
+def test_alone_lets_one_process_in_and_a_killed_one_holds_nobody_up(tmp_path):
+    folder = str(tmp_path / "new")
+    command = child("(alone := files.alone(sys.argv[1])).__enter__()", folder)
+    entered = threading.Event()
+
+    def enter():
+        with files.alone(folder):
+            entered.set()
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.3)
+        process.kill()
+        waiting.join()
+    assert entered.is_set()
+    assert all_below(tmp_path) == ["new"]
+    with files.alone("gs://bucket/a"), files.alone("gs://bucket/a"):
+        pass  # a store keeps nobody out
 
 
 # ---------------------------------------------------------------- folders
