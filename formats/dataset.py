@@ -16,21 +16,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from formats import table
+from formats.digests import DIGEST_BYTES, Bytes, key_digests, place_digests, repeated_rows
 from formats.records import Failure, one_line
-from storage import files
+from storage import files, steady
 from storage.errors import RequestError, RunError
+from storage.steady import SteadyStream
 
 FORMAT_VERSION = 1
 FEATURES, FAILURES = "features", "failures"
-DIGEST_BYTES = 16
+_BATCH_ROWS = 1 << 16  # rows whose key is held as text at once
+_COPY_BYTES = 1 << 20
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
 _DERIVED = re.compile(r"-(settled-\d+|duplicates-\w+)\.parquet$")  # what `settle` made of others
 _BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
+_PART = re.compile(r"(features|failures)/part-[^/]*\.parquet")
+_PLACE = ["source", "record_index"]
 _LEFTOVER = re.compile(
     r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
 )
@@ -40,8 +45,8 @@ _LEFTOVER = re.compile(
 class PartFile:
     """A data file that is closed: `path` relative to the output, `bytes` and `sha256` of the file.
 
-    `keys` holds `DIGEST_BYTES` of each row's key, row after row; `reasons` counts
-    "stage/error_class" of a failures file.
+    `keys` holds the digest of each row's key (see `formats.digests`), row after row; `reasons`
+    counts "stage/error_class" of a failures file.
     """
 
     path: str
@@ -61,16 +66,6 @@ class PartFile:
         return {"path": self.path, "rows": self.rows, "bytes": self.bytes, "sha256": self.sha256}
 
 
-def key_digest(key: str) -> bytes:
-    """`DIGEST_BYTES` that stand for `key` where millions of keys are held at once."""
-    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-
-
-def place_digest(source: str, index: int | None) -> bytes:
-    """`DIGEST_BYTES` that stand for a place, an image's source and record index."""
-    return key_digest(f"{source}\n{index}")
-
-
 class PartWriter:
     """Writes one data file, batch by batch. Nothing appears before `close`."""
 
@@ -82,13 +77,9 @@ class PartWriter:
         except BaseException:  # it has begun to write
             self._file.abort()
             raise
-        self._keys: list[bytes] = []
+        self._keys = bytearray()
+        self.rows = 0  # written so far
         self._reasons: Counter[str] = Counter()
-
-    @property
-    def rows(self) -> int:
-        """Rows written so far."""
-        return len(self._keys)
 
     @property
     def bytes(self) -> int:
@@ -98,7 +89,8 @@ class PartWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         """`batch` as one row group. Raises OSError."""
         self._writer.write_batch(batch, row_group_size=batch.num_rows)
-        self._keys += [key_digest(key) for key in batch.column("key").to_pylist()]
+        self._keys += key_digests(batch.column("key"))
+        self.rows += batch.num_rows
         if self.path.startswith(f"{FAILURES}/"):  # a carried column may be named `stage`
             stages, classes = (batch.column(name).to_pylist() for name in ("stage", "error_class"))
             self._reasons.update(f"{s}/{c}" for s, c in zip(stages, classes, strict=True))
@@ -115,7 +107,7 @@ class PartWriter:
             self.path,
             self.rows,
             self._file.sha256,
-            b"".join(self._keys),
+            bytes(self._keys),
             self._file.size,
             dict(self._reasons),
         )
@@ -135,7 +127,7 @@ def read_manifest(output: str) -> dict[str, Any] | None:
     if not files.is_file(path):
         return None
     try:
-        manifest = json.loads(files.read_bytes(path))
+        manifest = json.loads(steady.read_bytes(path))
         newer = (version := manifest["format_version"]) > FORMAT_VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{path}: not a manifest ({error}); its data cannot be read") from None
@@ -147,54 +139,89 @@ def read_manifest(output: str) -> dict[str, Any] | None:
     return dict(manifest)
 
 
-def open_part(output: str, path: str) -> pq.ParquetFile:
-    """The data file at `path` below `output`, page checksums verified on reading."""
-    return pq.ParquetFile(
-        files.open_read(files.join(output, path)), page_checksum_verification=True
-    )
+def open_part(output: str, path: str, size: int | None = None) -> pq.ParquetFile:
+    """The data file at `path` below `output`, of `size` bytes, page checksums verified on reading.
+
+    Reads are tried again as `storage.steady` has it. Raises OSError, and pa.ArrowInvalid for a file
+    that is not whole: one without its footer, of a killed writer, is refused.
+    """
+    full = files.join(output, path)
+    stream = SteadyStream(full, files.size_of(full) if size is None else size)
+    return pq.ParquetFile(stream, page_checksum_verification=True)
 
 
-def _data_files(output: str) -> Iterator[str]:
-    """Relative paths of all data files under `output`, named by a manifest or not."""
+def _list_parts(output: str) -> dict[str, int]:
+    """Everything right below the folders of `output` that hold data files, with its size."""
+    found = {}
     for kind in (FEATURES, FAILURES):
         folder = files.join(output, kind, "")
         for info in files.list_folder(folder):
             name = info.path[len(folder) :]
-            if name.startswith("part-") and name.endswith(".parquet") and "/" not in name:
-                yield f"{kind}/{name}"
+            if "/" not in name:
+                found[f"{kind}/{name}"] = info.size
+    return found
 
 
-def whole_parts(output: str) -> Iterator[str]:
-    """Those data files that are whole.
+def _is_data(path: str) -> bool:
+    """Whether `path`, relative to an output, is the name of a data file."""
+    name = path.rpartition("/")[2]
+    return name.startswith("part-") and name.endswith(".parquet")
 
-    A Parquet file without its footer (of a killed writer) is refused by its reader, and skipped.
+
+def whole_parts(output: str, sizes: Mapping[str, int] | None = None) -> Iterator[str]:
+    """The data files under `output` that are whole, named by a manifest or not.
+
+    `sizes`: what lies there, where it has been listed.
     """
-    for path in _data_files(output):
-        try:
-            open_part(output, path).close()
-        except pa.ArrowInvalid:
-            continue
-        yield path
+    for path, size in sorted((_list_parts(output) if sizes is None else sizes).items()):
+        if _is_data(path):
+            try:
+                open_part(output, path, size).close()
+            except pa.ArrowInvalid:
+                continue
+            yield path
 
 
-def describe_part(output: str, path: str) -> PartFile:
-    """The PartFile of a data file that an earlier run wrote."""
-    data = files.read_bytes(files.join(output, path))
-    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as part:
-        names = ["key"] + (["stage", "error_class"] if path.startswith(FAILURES) else [])
-        columns = part.read(names).to_pydict()
-    reasons = Counter(
-        f"{s}/{c}"
-        for s, c in zip(columns.get("stage", []), columns.get("error_class", []), strict=True)
-    )
-    return PartFile(
-        path,
-        len(columns["key"]),
-        hashlib.sha256(data).hexdigest(),
-        b"".join(map(key_digest, columns["key"])),
-        len(data),
-        dict(reasons),
-    )
+def describe_part(
+    output: str, path: str, size: int, entry: Mapping[str, Any] | None = None
+) -> PartFile:
+    """The PartFile of a data file of `size` bytes that an earlier run wrote.
+
+    `entry`: what its manifest tells of it, which then stands: the file's size and rows are held
+    against it, and its digest is carried on, so that damage stays as visible as it was. Without it
+    the whole file is read. Raises RunError where the two differ.
+    """
+    keys, reasons = bytearray(), Counter[str]()
+    failures = path.startswith(f"{FAILURES}/")
+    names = ["key", "stage", "error_class"] if failures else ["key"]
+    for batch in _column_batches(output, path, size, names):
+        keys += key_digests(batch.column("key"))
+        if failures:
+            pairs = (batch.column(name).to_pylist() for name in names[1:])
+            reasons.update(f"{s}/{c}" for s, c in zip(*pairs, strict=True))
+    rows = len(keys) // DIGEST_BYTES
+    if entry is not None and (entry["bytes"], entry["rows"]) != (size, rows):
+        raise RunError(
+            f"{output}: {path} is not what the manifest tells of; resuming would "
+            "vouch for damaged rows; restore it, or use --if_exists overwrite"
+        )
+    sha256 = entry["sha256"] if entry else _sha256(output, path, size)
+    return PartFile(path, rows, sha256, bytes(keys), size, dict(reasons))
+
+
+def _column_batches(
+    output: str, path: str, size: int, names: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    with open_part(output, path, size) as part:
+        yield from part.iter_batches(_BATCH_ROWS, columns=list(names), use_threads=False)
+
+
+def _sha256(output: str, path: str, size: int) -> str:
+    found = hashlib.sha256()
+    with SteadyStream(files.join(output, path), size) as stream:
+        while block := stream.read(_COPY_BYTES):
+            found.update(block)
+    return found.hexdigest()
 
 
 # --- resuming ----------------------------------------------------------------------------------
@@ -205,15 +232,15 @@ class Resumed:
     """What a resumed run starts from.
 
     `kept`: files that stay; `retired`: files to delete at the commit. `finished`: digests of the
-    places of all kept rows, and of the keys of the published ones; `again`: of the places of what
-    failed and is to be tried again, whatever its key. `counts`: records that each container is
-    known to have had, by source.
+    places of all kept rows, and of the published ones' keys that do not follow from the place;
+    `again`: of the places of what failed and is to be tried again, whatever its key. `counts`:
+    records that each container is known to have had, by source.
     """
 
     kept: tuple[str, ...] = ()
     retired: tuple[str, ...] = ()
-    finished: bytes = b""
-    again: bytes = b""
+    finished: Bytes = b""
+    again: Bytes = b""
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -225,59 +252,75 @@ def resume(
     `rows` is all that decides what a row holds; RequestError, naming the difference, where the
     files there were made otherwise (beside a manifest only its own files count: what a killed run
     left is retired then). With `retry_failures` failures count as not finished.
+
+    Of each file only footer, keys and places are read: its size tells a file that was cut or
+    replaced, page checksums what is read here, and `python -m pipeline.verify` all the rest.
+    Memory: 16 bytes a row, twice that with an id that is not the place.
     """
-    published = {entry["path"] for entry in manifest["files"]} if manifest else set()
+    listed = {entry["path"]: entry for entry in manifest["files"]} if manifest else {}
     superseded = set(manifest.get("superseded", ())) if manifest else set()
-    whole = set(whole_parts(output)) - superseded
-    lost = published - whole
+    below = len(files.join(output, ""))
+    present = {info.path[below:]: info.size for info in files.list_folder(output)}
+    sizes = {path: size for path, size in present.items() if _PART.fullmatch(path)}
+    whole = [path for path in whole_parts(output, sizes) if path not in superseded]
+    lost = set(listed).difference(whole)
     if lost:
         raise RequestError(
             f"--output {output}: {min(lost)} is named by the manifest and missing or damaged; "
             "resuming would lose its rows; restore it, or use --if_exists overwrite"
         )
-    for entry in manifest["files"] if manifest else ():
-        data = files.read_bytes(files.join(output, entry["path"]))
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    for path, entry in listed.items():
+        if sizes[path] != entry["bytes"]:
             raise RequestError(
-                f"--output {output}: {entry['path']} is not what the manifest tells of; resuming "
+                f"--output {output}: {path} is not what the manifest tells of; resuming "
                 "would publish altered rows; restore it, or use --if_exists overwrite"
             )
     kept: list[str] = []
-    finished: list[bytes] = []
-    again: list[bytes] = []
+    finished, again = bytearray(), bytearray()
     counts: dict[str, int] = {}
-    for path in sorted(whole):
+    for path in whole:
         if retry_failures and path.startswith(FAILURES):
-            with open_part(output, path) as part:
-                columns = part.read(["source", "record_index"]).to_pydict()
-            again += map(place_digest, columns["source"], columns["record_index"])
+            for batch in _column_batches(output, path, sizes[path], _PLACE):
+                again += place_digests(*batch.columns)
             continue
-        if path not in published and _DERIVED.search(path):
+        if path not in listed and _DERIVED.search(path):
             continue  # the files it was made of are still there
-        if path not in published and manifest and _is_older(path, manifest["run_id"]):
+        if path not in listed and manifest and _is_older(path, manifest["run_id"]):
             continue  # of a killed run that was overwritten since, perhaps of other pictures
-        with open_part(output, path) as part:
+        with open_part(output, path, sizes[path]) as part:
             other = _other_rows(part.schema_arrow.metadata or {}, rows)
-            if other and path not in published and manifest:
-                continue
-            if other:
-                raise RequestError(
-                    f"--if_exists resume: {files.join(output, path)} was made with another "
-                    f"{other}; one output would hold two kinds of rows; use the earlier options, "
-                    "another --output or --if_exists overwrite"
-                )
-            columns = part.read(["key", "source", "record_index"]).to_pydict()
+        if other and path not in listed and manifest:
+            continue
+        if other:
+            raise RequestError(
+                f"--if_exists resume: {files.join(output, path)} was made with another "
+                f"{other}; one output would hold two kinds of rows; use the earlier options, "
+                "another --output or --if_exists overwrite"
+            )
         kept.append(path)
-        for source, index in zip(columns["source"], columns["record_index"], strict=True):
-            if index is not None:
-                counts[source] = max(counts.get(source, 0), index + 1)
-        finished += map(place_digest, columns["source"], columns["record_index"])
-        if path in published:  # before that, another image of this id may yet come first
-            finished += map(key_digest, columns["key"])
-    below = len(files.join(output, ""))
-    present = {info.path[below:] for info in files.list_folder(output)}
-    retired = sorted(path for path in present - set(kept) if _LEFTOVER.fullmatch(path))
-    return Resumed(tuple(kept), tuple(retired), b"".join(finished), b"".join(again), counts)
+        for batch in _column_batches(output, path, sizes[path], ["key", *_PLACE]):
+            key, source, index = batch.columns
+            finished += place_digests(source, index)
+            if path in listed:  # before that, another image of this id may yet come first
+                finished += key_digests(key.filter(_given(key, source, index)))
+            most = pa.table({"source": source, "index": index}).group_by("source")
+            for name, last in zip(*most.aggregate([("index", "max")]).columns, strict=True):
+                if last.is_valid:
+                    text = name.as_py()
+                    counts[text] = max(counts.get(text, 0), last.as_py() + 1)
+    retired = sorted(
+        path
+        for path in present.keys() - set(kept)
+        if _LEFTOVER.fullmatch(path) and files.abandoned(files.join(output, path))
+    )
+    return Resumed(tuple(kept), tuple(retired), finished, again, counts)
+
+
+def _given(key: pa.Array, source: pa.Array, index: pa.Array) -> pa.Array:
+    """Which keys do not follow from the place: not `source`, nor `source#index`."""
+    source = source.cast(pa.string())
+    numbered = pc.binary_join_element_wise(source, index.cast(pa.string()), "#")
+    return pc.not_equal(key, pc.coalesce(numbered, source))
 
 
 def _is_older(path: str, run_id: str) -> bool:
@@ -303,24 +346,6 @@ def _short(value: Any) -> str:
 # --- settling ----------------------------------------------------------------------------------
 
 
-def repeated_keys(parts: Sequence[PartFile]) -> dict[int, list[int]]:
-    """Rows whose key (by digest) stands more than once: index into `parts` -> row numbers."""
-    if not parts:
-        return {}
-    digests = np.concatenate([np.frombuffer(p.keys, ">u8").reshape(-1, 2) for p in parts])
-    order = np.lexsort((digests[:, 1], digests[:, 0]))
-    equal = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
-    repeated = np.zeros(len(digests), bool)
-    repeated[order[1:][equal]] = True
-    repeated[order[:-1][equal]] = True
-    starts = np.cumsum([0, *(p.rows for p in parts)])
-    found: dict[int, list[int]] = {}
-    for row in np.flatnonzero(repeated).tolist():
-        index = int(np.searchsorted(starts, row, side="right")) - 1
-        found.setdefault(index, []).append(row - int(starts[index]))
-    return found
-
-
 def settle(
     output: str, kept: Sequence[PartFile], fresh: Sequence[PartFile], name: str, compression: str
 ) -> tuple[list[PartFile], list[PartFile]]:
@@ -332,7 +357,7 @@ def settle(
     `part-NAME-...`.
     """
     parts = [*kept, *fresh]
-    repeated = repeated_keys(parts)
+    repeated = repeated_rows([part.keys for part in parts])
     if not repeated:
         return list(kept), list(fresh)
     rows = []  # (key, source, index or -1, whether a failure, part, row, sha256)
@@ -441,65 +466,97 @@ def publish(
 
     The verdict: {"status": "complete" or "too_many_failures", "run": {images, features, failures,
     skipped}}. Raises RunError where another run has published in the meantime, and where files are
-    gone or changed that this run counts on.
+    gone or changed that this run counts on. On a local disk one run commits at a time; on a store
+    the last of two that write their manifest at once wins, and the other finds that out.
     """
+    with files.alone(run.output):
+        return _publish(run, list(written), skipped, timing)
+
+
+def _publish(
+    run: Publication,
+    written: Sequence[PartFile],
+    skipped: int,
+    timing: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
     before = read_manifest(run.output)
     if before and before["run_id"] == run.run_id:  # a retried commit
         _finish(run, before)
+    there = _list_parts(run.output)
+    ours = _written_by(run, there)
+    listed = {entry["path"]: entry for entry in before["files"]} if before else {}
     verdict = read_verdict(run.output, run.run_id)
     if verdict:
         if verdict["status"] != "complete":
-            _delete(run, _written_by(run))
+            _delete(run, ours - set(listed))
         return verdict
     fresh = sorted(written, key=lambda part: part.path)
-    listed = {entry["path"]: entry for entry in before["files"]} if before else {}
     if before and before["run_id"] != run.replaces and run.if_exists != "overwrite":
-        _delete(run, _written_by(run) - set(listed))
+        _delete(run, ours - set(listed))
         raise RunError(
             f"{run.output}: run {before['run_id']} has published here since this run began; its "
             "data were not touched and this run's were dropped; give another --output"
         )
-    gone = {part.path for part in fresh} - _written_by(run)
+    doomed = set(before["superseded"]) if before else set()
+    gone = {part.path for part in fresh} - (ours - doomed)
     if gone:
         raise RunError(
             f"{run.output}: {min(gone)} of this run is gone; another run has replaced it, or a "
             "person has deleted it; nothing was published"
         )
-    kept = [describe_part(run.output, path) for path in run.kept]
-    for part in kept:
-        if part.path in listed and listed[part.path]["sha256"] != part.sha256:
-            raise RunError(
-                f"{run.output}: {part.path} is not what the manifest tells of; resuming would "
-                "vouch for damaged rows; restore it, or use --if_exists overwrite"
-            )
+    if lost := set(run.kept) - set(there):
+        raise RunError(f"{run.output}: {min(lost)} is gone, which this run goes on from")
+    kept = [describe_part(run.output, path, there[path], listed.get(path)) for path in run.kept]
     earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)
     parts = [*earlier, *new]
+    there = _list_parts(run.output)
+    ours = _written_by(run, there)
     counts = _counts(new)
     this_run = {**counts, "images": counts["images"] + skipped, "skipped": skipped}
     if counts["failures"] > run.max_failure_rate * counts["images"]:
-        return _reject(run, new, this_run)
+        return _reject(run, new, this_run, ours - set(listed), timing)
+    final = {part.path for part in parts}
+    superseded = {*listed, *run.kept, *doomed, *ours} & set(there) | set(run.retired)
+    manifest = _manifest(run, "complete", parts, this_run, superseded - final, timing)
+    if _run_id(read_manifest(run.output)) != _run_id(before):  # of a run on a store, just now
+        return _publish(run, written, skipped, timing)
+    _write_manifest(run.output, manifest)
+    _finish(run, manifest)
+    return {"status": "complete", "run": this_run}
+
+
+def _manifest(
+    run: Publication,
+    status: str,
+    parts: Iterable[PartFile],
+    this_run: Mapping[str, int],
+    superseded: Iterable[str],
+    timing: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     for part in parts:
         reasons.update(part.reasons)
-    final = {part.path for part in parts}
-    superseded = {*listed, *run.kept, *(before["superseded"] if before else ())}
-    superseded = (superseded | _written_by(run)) & set(_data_files(run.output)) | set(run.retired)
-    manifest = {
+    return {
         "format_version": FORMAT_VERSION,
         "run_id": run.run_id,
-        "status": "complete",
+        "status": status,
         **run.described,
         "counts": _counts(parts),
         "run": this_run,
         "failures_by": dict(sorted(reasons.items())),
         "files": [part.listed() for part in sorted(parts, key=lambda part: part.path)],
-        "superseded": sorted(superseded - final),
+        "superseded": sorted(superseded),
         "timing": dict(timing()),
     }
+
+
+def _write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    files.write_bytes(files.join(run.output, "manifest.json"), text.encode())
-    _finish(run, manifest)
-    return {"status": "complete", "run": this_run}
+    files.write_bytes(files.join(folder, "manifest.json"), text.encode())
+
+
+def _run_id(manifest: Mapping[str, Any] | None) -> str | None:
+    return str(manifest["run_id"]) if manifest else None
 
 
 def _counts(parts: Iterable[PartFile]) -> dict[str, int]:
@@ -510,38 +567,61 @@ def _counts(parts: Iterable[PartFile]) -> dict[str, int]:
 
 
 def _finish(run: Publication, manifest: Mapping[str, Any]) -> None:
-    """After the manifest: the marker, then what it no longer names."""
+    """After the manifest: the marker, then what it no longer names.
+
+    RunError where another run's has taken its place: then only this run's files are to go.
+    """
+    now = read_manifest(run.output)
+    if _run_id(now) != run.run_id:
+        named = {entry["path"] for entry in now["files"]} if now else set()
+        _delete(run, _written_by(run, _list_parts(run.output)) - named)
+        raise RunError(f"{run.output}: run {_run_id(now)} has published over this one")
     # Not empty: Beam's s3:// client cannot make an empty object.
     files.write_bytes(files.join(run.output, "_SUCCESS"), f"{run.run_id}\n".encode())
     _delete(run, manifest["superseded"])
 
 
+def _written_by(run: Publication, there: Iterable[str]) -> set[str]:
+    """What of `there` is this run's, of bundles that were tried again or lost too."""
+    return {path for path in there if f"part-{run.run_id}-" in path}
+
+
 def _delete(run: Publication, paths: Iterable[str]) -> None:
-    files.delete([files.join(run.output, path) for path in sorted(paths)])
+    full = (files.join(run.output, path) for path in sorted({*paths, finished_name(run.run_id)}))
+    files.delete([path for path in full if files.abandoned(path)])
 
 
-def _written_by(run: Publication) -> set[str]:
-    """Data files of this run that are there, those of bundles that were tried again too."""
-    return {p for p in _data_files(run.output) if f"/part-{run.run_id}-" in p}
+def finished_name(run_id: str) -> str:
+    """Where below its output run `run_id` keeps for its workers what they need not do again."""
+    return f"_run-{run_id}.finished"
 
 
-def _reject(run: Publication, new: Sequence[PartFile], this_run: dict[str, int]) -> dict[str, Any]:
-    """Keep the failures readable under `_failed/RUN_ID/` and take back what the run wrote."""
+def _reject(
+    run: Publication,
+    new: Sequence[PartFile],
+    this_run: dict[str, int],
+    written: set[str],
+    timing: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Keep the failures readable under `_failed/RUN_ID/`, an output of its own with a manifest.
+
+    What the run has `written` is taken back.
+    """
     folder = files.join(run.output, "_failed", run.run_id)
-    verdict = {"status": "too_many_failures", "run": this_run}
-    for part in new:
-        if part.kind == FAILURES:
-            data = files.read_bytes(files.join(run.output, part.path))
-            files.write_bytes(files.join(folder, part.path), data)
-    files.write_bytes(files.join(folder, "verdict.json"), json.dumps(verdict).encode())
-    _delete(run, _written_by(run))
-    return verdict
+    failed = [part for part in new if part.kind == FAILURES]
+    for part in failed:
+        data = steady.read_bytes(files.join(run.output, part.path), part.bytes)
+        files.write_bytes(files.join(folder, part.path), data)
+    status = "too_many_failures"
+    _write_manifest(folder, _manifest(run, status, failed, this_run, (), timing))
+    _delete(run, written)
+    return {"status": status, "run": this_run}
 
 
 def read_verdict(output: str, run_id: str) -> dict[str, Any] | None:
     """What became of run `run_id`: as `publish` returned it, None where it never committed."""
-    manifest = read_manifest(output)
-    if manifest and manifest["run_id"] == run_id:
-        return {"status": manifest["status"], "run": manifest["run"]}
-    path = files.join(output, "_failed", run_id, "verdict.json")
-    return dict(json.loads(files.read_bytes(path))) if files.is_file(path) else None
+    for folder in (output, files.join(output, "_failed", run_id)):
+        manifest = read_manifest(folder)
+        if manifest and manifest["run_id"] == run_id:
+            return {"status": manifest["status"], "run": manifest["run"]}
+    return None

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from formats import dataset, table
-from formats.dataset import FAILURES, FEATURES, PartFile, key_digest
+from formats.dataset import FAILURES, FEATURES, PartFile
+from formats.digests import key_digest, repeated_rows
 from formats.records import MESSAGE_LIMIT, one_line
 from storage import files
 from storage.errors import RequestError
@@ -221,7 +222,7 @@ class _Check:
             )
 
     def _repeated(self, parts: list[PartFile]) -> None:
-        repeated = dataset.repeated_keys(parts)
+        repeated = repeated_rows([part.keys for part in parts])
         rows = [(parts[index].path, row) for index, found in repeated.items() for row in found]
         for path, row in rows[:_TOLD]:
             self._problem(f"{path}: row {row}: its key stands more than once")

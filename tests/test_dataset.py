@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,9 +27,7 @@ from formats.dataset import (
     FEATURES,
     PartWriter,
     Publication,
-    describe_part,
     open_part,
-    place_digest,
     publish,
     read_manifest,
     read_verdict,
@@ -32,8 +35,10 @@ from formats.dataset import (
     settle,
     whole_parts,
 )
+from formats.digests import key_digest, place_digest
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
+from formats.verification import verify
 from storage import files
 from storage.errors import RequestError, RunError
 
@@ -120,6 +125,11 @@ def good(*numbers):
     return [(FEATURES, *image, None) for image in images(*numbers)]
 
 
+def described(output, part, entry=None):
+    size = (Path(output) / part.path).stat().st_size
+    return dataset.describe_part(str(output), part.path, size, entry)
+
+
 # ---------------------------------------------------------------- one data file
 
 
@@ -129,10 +139,14 @@ def test_a_part_is_what_its_writer_says(tmp_path):
     assert (part.path, part.kind, part.rows) == ("failures/part-r-1.parquet", FAILURES, 2)
     assert (part.bytes, part.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert part.reasons == {"decode/CorruptImage": 2}
-    assert part.keys == dataset.key_digest("/in/a#0") + dataset.key_digest("/in/a#1")
-    assert describe_part(str(tmp_path), part.path) == part
+    assert part.keys == key_digest("/in/a#0") + key_digest("/in/a#1")
+    assert described(tmp_path, part) == part
     feature = write_part(tmp_path, FEATURES, "r-1", images(0))
-    assert describe_part(str(tmp_path), feature.path) == feature
+    assert described(tmp_path, feature) == feature
+    assert described(tmp_path, part, part.listed()) == part
+    for name, value in (("rows", 3), ("bytes", 7)):
+        with pytest.raises(RunError, match="is not what the manifest tells of"):
+            described(tmp_path, part, {**part.listed(), name: value})
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
@@ -334,7 +348,7 @@ def test_every_image_ends_once(keys, parts):
         for side, wanted in zip(after, expected, strict=True):
             assert rows_of(output, [part.path for part in side]) == sorted(wanted, key=repr)
             assert all(part.rows for part in side)
-            assert [describe_part(output, part.path) for part in side] == side
+            assert [described(output, part) for part in side] == side
 
 
 # ---------------------------------------------------------------- publishing
@@ -449,6 +463,110 @@ def test_a_commit_that_is_retried_after_another_overwrote_it_is_refused(tmp_path
     assert published(tmp_path) == good(9)
 
 
+def adopted(output):
+    """r2 overwrites r1 and lives; r3 has resumed, and taken r2's files for a killed run's."""
+    first_run(output)
+    mine = [
+        write_part(output, FEATURES, "r2-a", images(8)),
+        write_part(output, FAILURES, "r2-b", images(9)),
+    ]
+    found = resumed(output)
+    assert {part.path for part in mine} <= set(found.kept)
+    run = publication(
+        output, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    commit(run, [write_part(output, FEATURES, "r3-a", images(10))])
+    return mine
+
+
+def test_a_rejected_run_leaves_what_another_has_adopted(tmp_path):
+    mine = adopted(tmp_path)
+    before = published(tmp_path)
+    for _ in range(2):
+        verdict = commit(overwriting(tmp_path, max_failure_rate=0), mine)
+        assert verdict["status"] == "too_many_failures"
+        assert published(tmp_path) == before
+
+
+def test_a_run_whose_files_another_has_adopted_can_still_overwrite(tmp_path):
+    mine = adopted(tmp_path)
+    commit(overwriting(tmp_path), mine)
+    assert published(tmp_path) == [(FAILURES, *images(9)[0], "CorruptImage"), *good(8)]
+    paths = sorted(part.path for part in mine)
+    assert files_below(tmp_path) == ["_SUCCESS", *paths, "manifest.json"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("if_exists", ["error", "overwrite"])
+def test_two_runs_that_commit_at_once_on_a_store(tmp_path, monkeypatch, when, if_exists):
+    """Where no lock keeps them apart: just before, and just after, this one writes its manifest."""
+    monkeypatch.setattr(files, "alone", lambda folder: contextlib.nullcontext())
+    other = write_part(tmp_path, FEATURES, "r3-a", images(9))
+    mine = [write_part(tmp_path, FEATURES, "r2-a", images(7, 8))]
+    run = publication(tmp_path, "r2", if_exists=if_exists)
+
+    def once(function):
+        def interrupted(*args):
+            monkeypatch.undo()
+            monkeypatch.setattr(files, "alone", lambda folder: contextlib.nullcontext())
+            result = function(*args) if when == "after" else None
+            commit(publication(tmp_path, "r3", if_exists="overwrite"), [other])
+            return function(*args) if when == "before" else result
+
+        return interrupted
+
+    name = "_write_manifest" if when == "after" else "settle"
+    monkeypatch.setattr(dataset, name, once(getattr(dataset, name)))
+    if (when, if_exists) == ("before", "overwrite"):
+        commit(run, mine)
+        assert published(tmp_path) == good(7, 8)
+    else:
+        with pytest.raises(RunError, match="run r3 has published"):
+            commit(run, mine)
+        assert published(tmp_path) == good(9)
+    (entry,) = read_manifest(str(tmp_path))["files"]
+    assert files_below(tmp_path) == ["_SUCCESS", entry["path"], "manifest.json"]
+
+
+def test_a_run_whose_files_another_is_about_to_delete_is_refused(tmp_path, monkeypatch):
+    """On a store: between another's manifest, which retires them, and its deletions."""
+    first_run(tmp_path)
+    mine = [write_part(tmp_path, FEATURES, "r2-a", images(8), {**ROWS, "model": "m2"})]
+    found = resumed(tmp_path)
+    assert found.retired == (mine[0].path,)
+    run = publication(
+        tmp_path, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_finish", lambda *_: None)
+        commit(run, [])
+    with pytest.raises(RunError, match=r"r2-a\.parquet of this run is gone"):
+        commit(overwriting(tmp_path), mine)
+    commit(run, [])
+    assert published(tmp_path) == [(FAILURES, *images(3)[0], "CorruptImage"), *good(0, 1, 2)]
+
+
+def test_one_run_commits_at_a_time(tmp_path):
+    """The second waits for the first, and takes its output for the old one."""
+    order = []
+
+    def settling(*args):
+        order.append("in")
+        time.sleep(0.05)
+        order.append("out")
+        return settle(*args)
+
+    def publish_one(number):
+        part = write_part(tmp_path, FEATURES, f"r{number}-a", images(number))
+        commit(overwriting(tmp_path, f"r{number}", None), [part])
+
+    with mock.patch.object(dataset, "settle", settling), ThreadPoolExecutor(4) as threads:
+        list(threads.map(publish_one, range(4)))
+    assert order == ["in", "out"] * 4
+    assert len(published(tmp_path)) == 1
+    assert len(files_below(tmp_path)) == 3
+
+
 # ---------------------------------------------------------------- too many failures
 
 
@@ -489,10 +607,11 @@ def test_a_rejected_run_leaves_its_failures_readable_and_the_old_output_as_it_wa
     assert commit(run, parts)["status"] == "too_many_failures"
     assert published(tmp_path) == before
     folder = "_failed/r2"
-    left = [f"{folder}/failures/part-r2-b.parquet", f"{folder}/verdict.json"]
+    left = [f"{folder}/failures/part-r2-b.parquet", f"{folder}/manifest.json"]
     assert files_below(tmp_path) == sorted([*names, *left])
-    kept = rows_of(tmp_path / folder, [parts[1].path])
-    assert [row[1] for row in kept] == ["/in/a#6", "/in/a#7"]
+    rejected = published(tmp_path / folder)  # an output of its own, of failures alone
+    assert [row[1] for row in rejected] == ["/in/a#6", "/in/a#7"]
+    assert read_manifest(str(tmp_path / folder))["status"] == "too_many_failures"
     again = resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS, False)
     assert not any("_failed" in path for path in again.retired)
 
@@ -506,10 +625,6 @@ def resumed(output, rows=ROWS, retry=False):
 
 def places(images):
     return b"".join(place_digest(source, index) for _, source, index in images)
-
-
-def keys(images):
-    return b"".join(dataset.key_digest(key) for key, *_ in images)
 
 
 def test_resuming_nothing(tmp_path):
@@ -536,11 +651,7 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
         "features/.tmp-1-part-r2-c.parquet",
         "features/part-r2-torn.parquet",
     )
-    published_ones = (
-        places(images(3)) + keys(images(3)),
-        places(images(0, 1, 2)) + keys(images(0, 1, 2)),
-    )
-    assert found.finished == b"".join(published_ones) + places(images(4))
+    assert found.finished == places(images(3, 0, 1, 2, 4))  # from which their keys follow
     assert found.again == b""
     run = publication(
         tmp_path, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
@@ -559,7 +670,7 @@ def test_failures_that_are_tried_again_are_replaced(tmp_path):
     first_run(tmp_path)
     found = resumed(tmp_path, retry=True)
     assert found.kept == ("features/part-r1-a.parquet",)
-    assert found.finished == places(images(0, 1, 2)) + keys(images(0, 1, 2))
+    assert found.finished == places(images(0, 1, 2))
     assert found.again == places(images(3))
     run = publication(
         tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
@@ -633,19 +744,105 @@ def test_a_published_file_that_is_lost_is_refused(tmp_path, harm):
         resumed(tmp_path)
 
 
-def test_a_published_file_that_has_changed_is_not_vouched_for(tmp_path):
-    first_run(tmp_path)
-    found = resumed(tmp_path)
-    path = tmp_path / "features" / "part-r1-a.parquet"
+def damage(path, column):
+    """Flip a bit in a page of `column`."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    (found,) = [
+        c for i in range(group.num_columns) if (c := group.column(i)).path_in_schema == column
+    ]
     data = bytearray(path.read_bytes())
-    one = np.ones(2, np.float32).tobytes()
-    at = data.find(one)  # zstd leaves so few bytes as they are, else any byte of the page will do
-    data[at if at > 0 else len(data) // 3] ^= 1
+    data[found.data_page_offset + found.total_compressed_size - 1] ^= 1
     path.write_bytes(data)
-    run = publication(tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept)
-    with pytest.raises((RunError, OSError)):
-        commit(run, [])
-    assert read_manifest(str(tmp_path))["run_id"] == "r1"
+
+
+def test_damage_in_a_published_file_stays_visible(tmp_path):
+    """Resuming does not read it whole: the digest it had is carried on, for verify to hold."""
+    model = {"fingerprint": None, "outputs": {"embedding": 2}}
+    parts = [write_part(tmp_path, FEATURES, "r1-a", images(*range(50)))]
+    described = {"options": {}, "model": model}
+    commit(publication(tmp_path, "r1", described=described), parts)
+    damage(tmp_path / parts[0].path, "embedding.list.element")
+    run = publication(
+        tmp_path, "r2", if_exists="resume", replaces="r1", kept=resumed(tmp_path).kept,
+        described=described,
+    )  # fmt: skip
+    assert commit(run, [])["status"] == "complete"
+    assert read_manifest(str(tmp_path))["files"] == [parts[0].listed()]
+    told = []
+    verify(str(tmp_path), told.append)
+    assert [line for line in told if "sha256" in line and parts[0].path in line]
+
+
+def test_damage_in_what_resuming_reads_is_refused(tmp_path):
+    first_run(tmp_path)
+    damage(tmp_path / "features" / "part-r1-a.parquet", "key")
+    with pytest.raises(OSError, match="CRC"):
+        resumed(tmp_path)
+
+
+def test_resuming_reads_no_vectors(tmp_path, monkeypatch):
+    parts = [write_part(tmp_path, FEATURES, f"r1-{n}", images(n)) for n in range(3)]
+    commit(publication(tmp_path, "r1"), parts)
+    asked = []
+    read = dataset._column_batches
+    monkeypatch.setattr(
+        dataset, "_column_batches", lambda *args: asked.append(args[-1]) or read(*args)
+    )
+    monkeypatch.setattr(dataset, "_sha256", lambda *_: pytest.fail("read a kept file whole"))
+    found = resumed(tmp_path)
+    commit(
+        publication(tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept), [],
+        skipped=3,
+    )  # fmt: skip
+    assert {name for names in asked for name in names} == {"key", "source", "record_index"}
+    assert published(tmp_path) == good(0, 1, 2)
+
+
+def test_an_id_is_known_wherever_it_comes_from(tmp_path):
+    given = [
+        ("x", "/in/a", 0),
+        ("/in/a", "/in/a", None),
+        ("/in/a#2", "/in/a", 2),
+        ("/in/a#2", "/b", 2),
+    ]
+    commit(publication(tmp_path, "r1"), [write_part(tmp_path, FEATURES, "r1-a", given[:3])])
+    assert resumed(tmp_path).finished == places(given[:3]) + key_digest("x")
+    commit(
+        publication(tmp_path, "r2", if_exists="overwrite"),
+        [write_part(tmp_path, FEATURES, "r2-a", given[3:])],
+    )
+    assert resumed(tmp_path).finished == places(given[3:]) + key_digest("/in/a#2")
+
+
+def test_how_many_records_a_container_had(tmp_path):
+    rows = [("x", "a", 7), ("y", "a", 3), ("z", "b", None), ("v", "c", 0)]
+    write_part(tmp_path, FEATURES, "r1-a", rows)
+    assert resumed(tmp_path).counts == {"a": 8, "c": 1}
+
+
+def test_the_temporary_of_a_run_that_is_alive_is_left_alone(tmp_path):
+    first_run(tmp_path)
+    alive = files.NewFile(str(tmp_path / "features" / "part-r9-a.parquet"))
+    dead = tmp_path / "features" / ".tmp-1-part-r8-a.parquet"
+    dead.write_bytes(b"PAR1")
+    found = resumed(tmp_path)
+    assert found.retired == (str(dead.relative_to(tmp_path)),)
+    run = publication(
+        tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    commit(run, [])
+    assert not dead.exists()
+    alive.write(b"whole")
+    alive.close()
+    assert (tmp_path / "features" / "part-r9-a.parquet").read_bytes() == b"whole"
+
+
+def test_the_temporary_of_a_worker_that_was_lost_is_removed_by_its_own_run(tmp_path):
+    part = write_part(tmp_path, FEATURES, "r1-a", images(0))
+    (tmp_path / "features" / ".tmp-1-part-r1-b.parquet").write_bytes(b"PAR1")
+    (tmp_path / dataset.finished_name("r1")).write_bytes(b"")  # the launcher has left
+    commit(publication(tmp_path, "r1"), [part])
+    assert files_below(tmp_path) == ["_SUCCESS", part.path, "manifest.json"]
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1PAR1", bytes(500), b"x" * 500])

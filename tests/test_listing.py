@@ -351,7 +351,7 @@ def test_retries_are_counted_whatever_thread_they_happen_in(tmp_path, monkeypatc
 
 
 def test_what_is_finished_is_not_read_again(tmp_path):
-    from formats.dataset import key_digest, place_digest
+    from formats.digests import key_digest, place_digest
     from transforms.sources import Finished
 
     write(tmp_path / "a.jpg", b"x")

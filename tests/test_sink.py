@@ -176,7 +176,7 @@ def test_a_run_with_too_many_failures_publishes_nothing(tmp_path):
     run_to_the_commit(tmp_path, [features(0)], [failure(0), failure(1)])
     left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert len(left) == 2
-    assert left[1] == "verdict.json"
+    assert left[0] == "manifest.json"
 
 
 def test_ids_are_settled_over_all_files(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from formats import containers, example, inputs, listing, tfrecord
-from formats.dataset import key_digest, place_digest
+from formats.digests import DIGEST_BYTES, Bytes, DigestSet, key_digest, place_digest
 from formats.fields import Found, refer, too_many_bytes
 from formats.inputs import Source, Unit
 from formats.listing import Entry
@@ -214,30 +214,31 @@ READERS = {
 }
 
 
-_ORDER = np.dtype([("a", "<u8"), ("b", "<u8")])  # a digest as two numbers, to sort by the first
-
-
 class Finished:
-    """What need not be done: digests of places and keys (see `formats.dataset.Resumed`).
+    """What need not be done: digests of places and keys (see `formats.dataset.Resumed`)."""
 
-    16 bytes each; look-up by bisection.
-    """
-
-    def __init__(self, finished: bytes = b"", again: bytes = b""):
-        self._finished = _sorted(finished)
-        self._again = _sorted(again)
+    def __init__(self, finished: DigestSet | None = None, again: DigestSet | None = None):
+        self._finished = DigestSet.of(b"") if finished is None else finished
+        self._again = DigestSet.of(b"") if again is None else again
 
     @classmethod
     def read(cls, path: str | None) -> Finished:
-        """What `write` put at `path`; nothing for None."""
-        data = files.read_bytes(path) if path else bytes(8)
-        end = 8 + int.from_bytes(data[:8], "little")
-        return cls(data[8:end], data[end:])
+        """What `write` put at `path`; nothing for None. Local files stay on the disk."""
+        if path is None:
+            return cls()
+        data = _mapped(path)
+        end = 8 + int.from_bytes(data[:8].tobytes(), "little") * DIGEST_BYTES
+        return cls(DigestSet.stored(data[8:end]), DigestSet.stored(data[end:]))
 
     @staticmethod
-    def write(path: str, finished: bytes, again: bytes) -> None:
+    def write(path: str, finished: Bytes, again: Bytes) -> None:
         """Store the digests for the workers."""
-        files.write_bytes(path, len(finished).to_bytes(8, "little") + finished + again)
+        pieces = [
+            (len(finished) // DIGEST_BYTES).to_bytes(8, "little"),
+            *DigestSet.of(finished).store(),
+            *DigestSet.of(again).store(),
+        ]
+        files.write_pieces(path, pieces)
 
     def __contains__(self, item: ImageRecord | Failure) -> bool:
         at = item if isinstance(item, Failure) else item.ref
@@ -246,24 +247,16 @@ class Finished:
     def holds(self, key: str, source: str, index: int | None, only_key: bool = False) -> bool:
         """Whether the image of this key at this place is finished; by its key alone if so asked."""
         place = place_digest(source, index)
-        if _among(self._again, place):
+        if place in self._again:
             return False
-        at_place = not only_key and _among(self._finished, place)
-        return at_place or _among(self._finished, key_digest(key))
+        at_place = not only_key and place in self._finished
+        return at_place or key_digest(key) in self._finished
 
 
-def _sorted(digests: bytes) -> np.ndarray:
-    return np.sort(np.frombuffer(digests, _ORDER), order="a")
-
-
-def _among(digests: np.ndarray, digest: bytes) -> bool:
-    wanted = np.frombuffer(digest, _ORDER)[0]
-    at = int(np.searchsorted(digests["a"], wanted["a"]))
-    while at < len(digests) and digests[at]["a"] == wanted["a"]:
-        if digests[at]["b"] == wanted["b"]:
-            return True
-        at += 1
-    return False
+def _mapped(path: str) -> np.ndarray:
+    if files.is_remote(path):
+        return np.frombuffer(steady.read_bytes(path), np.uint8)
+    return np.memmap(path, np.uint8, "r")
 
 
 class _ReadUnits(beam.DoFn):
