@@ -28,6 +28,7 @@ COMPLETE, TOO_MANY, FAILED, DRY_RUN = "complete", "too_many_failures", "failed",
 COUNTED = "counted"  # --sink null
 SUBMITTED = "submitted"  # handed to a service, and not waited for
 EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, SUBMITTED: 0, FAILED: 1, TOO_MANY: 3}
+COUNTS = ("images", "features", "failures", "skipped")
 
 log = logging.getLogger("pipeline")
 
@@ -48,11 +49,11 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         result = run_graph(plan, beam_args)
         if plan.sink == "null":
             if not waited:
-                return summary(None, SUBMITTED, None, started)
+                return submitted(None, run_id, started)
             return summary(None, *counted(result, options), started)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
         if verdict is None and not waited:
-            return summary(plan.publication.output, SUBMITTED, None, started)
+            return submitted(plan.publication.output, run_id, started)
         if verdict is None:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
         if verdict["status"] == COMPLETE:
@@ -132,7 +133,7 @@ def summary(
 
     `output` is None where nothing is written; further counts are told as they are.
     """
-    counts = counts or {"images": 0, "features": 0, "failures": 0, "skipped": 0}
+    counts = counts or dict.fromkeys(COUNTS, 0)
     seconds = time.time() - started
     manifest = files.join(output, "manifest.json") if output else None
     done = counts["images"] - counts["skipped"]
@@ -144,6 +145,12 @@ def summary(
         "seconds": round(seconds, 3),
         "images_per_second": round(done / seconds, 3) if seconds else 0.0,
     }
+
+
+def submitted(output: str | None, run_id: str, started: float) -> dict[str, Any]:
+    """The JSON line of a run that is not waited for: what it will count is not known yet."""
+    unknown = dict.fromkeys((*COUNTS, "images_per_second"))
+    return {**summary(output, SUBMITTED, None, started), **unknown, "run_id": run_id}
 
 
 def tell(result: Mapping[str, Any]) -> int:

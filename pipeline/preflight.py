@@ -157,7 +157,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         resumed = dataset.resume(output, before, rows, options.retry_failures)
     finished = None
     if resumed.kept and not options.dry_run:
-        finished = files.join(output, f"_run-{run_id}.finished")
+        finished = files.join(output, dataset.finished_name(run_id))
         Finished.write(finished, resumed.finished, resumed.again)
         if not files.is_remote(finished):
             files.NewFile.track(finished)  # an interrupted run takes it along
