@@ -130,15 +130,13 @@ def _extract_both(options: flags.Options, beam_args: Sequence[str], folder: Path
     """Extract from the TFRecords and from the files; one JSON line, with the second's as `also`."""
     from pipeline import job
 
-    results: list[dict[str, Any]] = [
-        job.run(
-            dataclasses.replace(
-                options, input=(str(source),), output=f"{options.output}/{source.name}"
-            ),
-            beam_args,
-        )
+    runs = [
+        dataclasses.replace(options, input=(str(source),), output=f"{options.output}/{source.name}")
         for source in write_photographs(folder)
     ]
+    for run in runs:  # what is wrong with the second is told before the first
+        job.run(dataclasses.replace(run, dry_run=True), beam_args)
+    results: list[dict[str, Any]] = [job.run(run, beam_args) for run in runs]
     sys.stdout.write(json.dumps({**results[0], "also": results[1]}) + "\n")
     return max(job.EXIT_CODES[result["status"]] for result in results)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -122,6 +123,8 @@ def export(request: argparse.Namespace) -> None:
     output = _local("--output", request.output)
     archive = _local("--archive", request.archive) if request.archive else None
     files.check_writable(output)
+    if archive:
+        files.check_writable(os.path.dirname(archive), "--archive")
     from models.checkpoint import CheckpointError, read_checkpoint, seeded
     from models.export import export_hub_v1, export_saved_model, write_archive
     from models.networks import variable_shapes

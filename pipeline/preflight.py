@@ -22,7 +22,7 @@ from formats.table import TableSpec, metadata_text
 from models import handles
 from pipeline import dataflow
 from pipeline.options import Options
-from storage import files
+from storage import files, reach
 from storage.errors import RequestError
 from storage.secrets import hide
 
@@ -61,6 +61,9 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
             f"--gpu {options.gpu}: asks Dataflow for one, and only it; other runners use the GPU "
             "that their workers have; leave it out"
         )
+    stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
+    for path in stores.values():
+        _check_reached(path)
     before = _check_output(output, options.if_exists) if writes else None
     handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
@@ -72,7 +75,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     )
     types = _types(sources, keys)
     if writes:
-        files.check_writable(output)
+        reach.soon(output, lambda: files.check_writable(output))
 
     from models.loading import Hints, LoadSpec, default_batch_size, default_copies, load
     from pipeline.graph import Plan
@@ -252,17 +255,25 @@ def _check_beam_flags(beam_args: Sequence[str]) -> None:
         raise RequestError(problems[0])
 
 
+def _check_reached(path: str) -> None:
+    """Raise RequestError unless the store of `path` answers."""
+    try:
+        reach.soon(path, lambda: files.occupied(path))
+    except OSError as error:
+        raise RequestError(str(error)) from None
+
+
 def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
     try:
         refused = if_exists == "error" and files.occupied(output)
+        if refused:
+            raise RequestError(
+                f"--output {output}: something is there already, which a second run would mix "
+                "with; give another folder, --if_exists resume or --if_exists overwrite"
+            )
+        return dataset.read_manifest(output)
     except OSError as error:
         raise RequestError(f"--output: {error}") from None
-    if refused:
-        raise RequestError(
-            f"--output {output}: something is there already, which a second run would mix with; "
-            "give another folder, --if_exists resume or --if_exists overwrite"
-        )
-    return dataset.read_manifest(output)
 
 
 def _class_names(path: str | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.options import OneLineParser, check_beam_flags
-from storage import files
+from storage import files, reach
 from storage.errors import RequestError
 from storage.secrets import hide
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = files.absolute(request.output)
         if files.is_remote(output):
             files.configure_stores(beam_args)
+            reach.soon(output, lambda: files.occupied(str(output)))
         from formats.verification import verify  # after the flags: --help needs no library
 
         result = verify(output, lambda line: print(line, file=sys.stderr))

@@ -423,8 +423,8 @@ def delete(paths: list[str]) -> None:
                 raise _store_error(present[0], error) from error
 
 
-def check_writable(folder: str) -> None:
-    """Raise RequestError unless a file can be made in `folder`; leaves no trace."""
+def check_writable(folder: str, flag: str = "--output") -> None:
+    """Raise RequestError unless a file can be made in `folder`, of `flag`; leaves no trace."""
     made: list[Path] = []
     probe = join(folder, f"{_TEMPORARY}probe-{uuid.uuid4().hex[:8]}")
     try:
@@ -436,8 +436,8 @@ def check_writable(folder: str) -> None:
         delete([probe])
     except Exception as error:  # Beam's stores raise classes of their own
         raise RequestError(
-            f"--output {folder}: cannot be written ({error}); the run would have nowhere to put "
-            "its rows; give a folder that you may write to"
+            f"{flag} {folder}: cannot be written ({error}); there would be nowhere to put what is "
+            "made; give a folder that you may write to"
         ) from None
     finally:
         for path in made:
