@@ -1,0 +1,60 @@
+"""A store that does not answer is told of in one line, soon; one that does is not disturbed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import servers
+
+from storage import reach
+from storage.errors import RequestError
+
+
+def test_a_local_path_is_asked_here():
+    asked = []
+    assert reach.soon("/d/a", lambda: asked.append(threading.current_thread()) or 7) == 7
+    assert asked == [threading.current_thread()]
+
+
+def test_what_a_store_says_is_passed_on():
+    assert reach.soon("gs://b/a", lambda: 7) == 7
+    with pytest.raises(PermissionError, match="not yours"):
+        reach.soon("gs://b/a", lambda: (_ for _ in ()).throw(PermissionError("not yours")))
+
+
+def test_a_store_that_never_answers(monkeypatch):
+    monkeypatch.setattr(reach, "PATIENCE", 0.05)
+    held = threading.Event()
+    with pytest.raises(RequestError, match=r"gs://b/a: the store does not answer \(no answer\)"):
+        reach.soon("gs://b/a", held.wait)
+    held.set()
+
+
+def test_beams_retries_are_heard_and_not_shown(caplog):
+    held = threading.Event()
+
+    def retries():
+        log = logging.getLogger("apache_beam.utils.retry")
+        for reason in ("google.auth.Error: none", "x.Error: ('refused', 1)\n Traceback", "y: z\n"):
+            log.warning("waiting before retrying because we caught exception: %s", reason)
+        held.wait()
+
+    with pytest.raises(RequestError, match=r"does not answer \(y: z\)") as caught:
+        reach.soon("s3://b/a", retries)
+    held.set()
+    assert "\n" not in str(caught.value)
+    assert caplog.text == ""
+
+
+def test_an_address_at_which_nobody_listens(tmp_path, job):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    flags = {"s3_endpoint_url": servers.nobody(), "s3_region_name": "us-east-1"}
+    flags |= {"s3_access_key_id": "a", "s3_secret_access_key": "b-secret"}
+    ran = job(tmp_path / "a.jpg", output="s3://bucket/out", **flags)
+    assert ran.code == 2
+    assert "error: s3://bucket/out: the store does not answer (" in ran.stderr
+    assert "Could not connect" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "b-secret" not in ran.stderr
