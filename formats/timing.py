@@ -22,7 +22,8 @@ class Timing:
     """What some images took.
 
     `images` were decoded or refused, of `bytes` encoded; `decoded` counts them by `bucket`.
-    `batches` held `filled` images in `slots` places. All else is in seconds: `decode` of the
+    `batches` held `filled` images in `slots` places; `reused` images had the bytes of another one,
+    whose vectors were taken. All else is in seconds: `decode` of the
     threads or processes that decode, the others of the threads that carry images; `carry` is all of
     their time.
     """
@@ -38,6 +39,7 @@ class Timing:
     filled: int = 0
     slots: int = 0
     inference: float = 0.0
+    reused: int = 0
 
     @classmethod
     def of_decoding(
@@ -91,6 +93,7 @@ class Timing:
             "inference_ms": _ms(self.inference),
             "carry_ms": _ms(self.carry),
             "batches": self.batches,
+            "reused": self.reused,
             "batch_fill": round(self.filled / self.slots, 4) if self.slots else None,
         }
 

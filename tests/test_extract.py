@@ -607,6 +607,21 @@ def test_resume_knows_ids_in_other_shards(tmp_path, job):
     assert list(ran.rows("features")) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "new"]
 
 
+def test_equal_pictures_have_equal_rows_and_are_computed_once(tmp_path, job):
+    pictures = different(5)
+    alone = job(write_pictures(tmp_path / "in", pictures), output=tmp_path / "alone")
+    twins = {f"twin/{name}": data for name, data in pictures.items()}
+    write_pictures(tmp_path / "in", twins)
+    both = job(tmp_path / "in")
+    assert (both.line["features"], both.manifest["timing"]["reused"]) == (10, 5)
+    assert alone.manifest["timing"]["reused"] == 0
+    for key, row in alone.rows("features").items():
+        name = Path(key).name
+        for other in (key, str(tmp_path / "in" / "twin" / name)):
+            same = both.rows("features")[other]
+            assert same == {**row, "key": other, "source": other}
+
+
 def test_resume_refuses_other_options(tmp_path, job):
     folder = write_pictures(tmp_path / "in", different(1))
     names = tmp_path / "names.txt"

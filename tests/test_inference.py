@@ -16,6 +16,7 @@ from formats.timing import Timing
 from models.loading import LoadSpec, OutOfMemory
 from storage.errors import RunError
 from transforms.inference import ExtractFeatures, FrozenModelHandler, infer_batch, run_padded
+from transforms.reuse import Known
 
 SIDE = 4
 POISON = 66
@@ -219,8 +220,9 @@ HANDLER = FrozenModelHandler(LoadSpec("/m"), 8)
 
 def test_what_memory_allowed_is_remembered():
     handler, model = FrozenModelHandler(LoadSpec("/m"), 8), Model(memory=3)
-    for _ in range(2):
-        assert failed(handler.run_inference([image(v) for v in range(4)], model)) == []
+    for first in (0, 4):
+        images = [image(v) for v in range(first, first + 4)]
+        assert failed(handler.run_inference(images, model)) == []
     assert model.sizes == [8, 4, 2, 2, 2, 2]
 
 
@@ -255,7 +257,7 @@ def test_the_transform_parts_features_from_failures():
 @pytest.mark.parametrize(("count", "batches", "slots"), [(4, 1, 4), (9, 3, 12), (1, 1, 4)])
 def test_batches_and_what_fills_them_are_told(count, batches, slots):
     out = pipe(
-        [image(v % 6 + 1) for v in range(count)], ExtractFeatures(FakeHandler(LoadSpec("/m"), 4))
+        [image(v + 1) for v in range(count)], ExtractFeatures(FakeHandler(LoadSpec("/m"), 4))
     )
     timing = Timing.total(out.timings)
     assert (timing.batches, timing.filled, timing.slots) == (batches, count, slots)
@@ -288,3 +290,53 @@ def test_what_float16_cannot_hold_is_a_failure_not_an_infinity():
     results, _ = infer_batch([image(v) for v in (1, 60, 32, 33)], Large(), 4, largest)
     assert failed(results) == [60, 33]  # 2 x 33 x 1000 is beyond 65504
     assert {r.error_class for r in results if isinstance(r, Failure)} == {"NotFinite"}
+
+
+# ---------------------------------------------------------------- pictures that came before
+
+
+def test_equal_bytes_are_computed_once_and_give_a_row_each():
+    handler, model = FrozenModelHandler(LoadSpec("/m"), 4), Model()
+    first = handler.run_inference([image(1, "a"), image(2, "b"), image(1, "c")], model)
+    again = pickle.loads(pickle.dumps(handler)).run_inference([image(2, "d"), image(1, "e")], model)
+    assert model.sizes == [4]  # one batch, and none for what is known
+    *rows, told = first
+    assert [(row.ref.key, row.vectors["embedding"].tolist()) for row in rows] == [
+        ("a", [1]), ("b", [2]), ("c", [1]),
+    ]  # fmt: skip
+    assert (told.filled, told.reused) == (2, 1)
+    *rows, told = again
+    assert [(row.ref.key, row.vectors["logits"].tolist()) for row in rows] == [
+        ("d", [2, 4]), ("e", [1, 2]),
+    ]  # fmt: skip
+    assert (told.batches, told.filled, told.slots, told.reused) == (0, 0, 0, 2)
+
+
+def test_each_of_equal_bad_pictures_is_a_failure_of_its_own():
+    handler = FrozenModelHandler(LoadSpec("/m"), 4)
+    images = [image(POISON, "a"), image(1, "b"), image(POISON, "c")]
+    *rows, _ = handler.run_inference(images, Model())
+    assert [(row.key, row.stage) for row in rows if isinstance(row, Failure)] == [
+        ("a", "infer"), ("c", "infer"),
+    ]  # fmt: skip
+
+
+def test_another_run_knows_nothing_of_the_first():
+    model = Model()
+    for _ in range(2):  # another model or preprocessing, perhaps
+        FrozenModelHandler(LoadSpec("/m"), 4).run_inference([image(1)], model)
+    assert model.sizes == [4, 4]
+
+
+def test_what_is_known_is_bounded():
+    known = Known(max_bytes=10_000)
+    batch = np.arange(1000 * 50, dtype=np.float32).reshape(1000, 50)
+    for number in range(1000):
+        known.put(str(number), {"embedding": batch[number]})
+        known.get("0")  # what is asked for stays
+        known.put("0", {"embedding": batch[7]})  # and is not put twice
+    kept = [n for n in range(1000) if known.get(str(n)) is not None]
+    assert kept == [0, *range(987, 1000)]  # of 500 + 200 bytes each
+    vectors = known.get("999")
+    assert vectors["embedding"].base is None  # no row that holds its batch
+    assert vectors["embedding"].tolist() == batch[999].tolist()

@@ -5,8 +5,10 @@ Beam's TFModelHandler calls Keras 3's load_model, which refuses every SavedModel
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from models.loading import LoadedModel, LoadSpec, OutOfMemory, load
 from storage.errors import RunError
 from transforms.lookahead import model_threads
 from transforms.metrics import count_inference, inc_counter
+from transforms.reuse import known_in
 
 Vectors = Mapping[str, np.ndarray]
 
@@ -135,7 +138,8 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
     """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
     `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread.
-    `dtype`: the type in which vectors will be written; what it cannot hold is a failure.
+    `dtype`: the type in which vectors will be written; what it cannot hold is a failure. Of equal
+    encoded bytes the vectors are computed once, as far as a process remembers them.
     """
 
     def __init__(self, spec: LoadSpec, batch_size: int, dtype: str = "float32"):
@@ -144,6 +148,7 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         self._spec = spec
         self._batch_size = batch_size
         self._largest = float(np.finfo(dtype).max)
+        self._run = uuid.uuid4().hex  # all copies of this handler share what they know
 
     def load_model(self) -> LoadedModel:
         """The model; once a process, whoever asks."""
@@ -158,21 +163,32 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         """One result an image, in order (see `infer_batch`), and then the Timing of them all."""
         start = time.perf_counter()
         size = self._batch_size
-        parts = [batch[at : at + size] for at in range(0, len(batch), size)]
+        known = known_in(self._run)
+        vectors = {image.sha256: known.get(image.sha256) for image in batch}
+        new = {image.sha256: image for image in batch if vectors[image.sha256] is None}
+        waiting = list(new.values())
+        parts = [waiting[at : at + size] for at in range(0, len(waiting), size)]
         infer = functools.partial(infer_batch, model=model, batch_size=size, largest=self._largest)
         done = list(model_threads(self._spec.copies).map(infer, parts))
-        allowed = min(fitted for _, fitted in done)
+        allowed = min((fitted for _, fitted in done), default=size)
         if allowed < size:
             inc_counter("ExtractFeatures", "batch_halvings")
             self._batch_size = allowed
         timing = Timing(
             batches=len(parts),
-            filled=len(batch),
+            filled=len(waiting),
             slots=len(parts) * size,
             inference=time.perf_counter() - start,
+            reused=len(batch) - len(waiting),
         )
         count_inference(timing)
-        return [*(result for results, _ in done for result in results), timing]
+        computed = dict(
+            zip(new, (result for results, _ in done for result in results), strict=True)
+        )
+        for sha256, result in computed.items():
+            if isinstance(result, Features):
+                known.put(sha256, result.vectors)
+        return [*(_like(image, vectors, computed) for image in batch), timing]
 
     def get_num_bytes(self, batch: Sequence[DecodedImage]) -> int:
         """Bytes of pixels. Beam's default pickles the whole batch to learn it."""
@@ -181,6 +197,25 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
     def get_metrics_namespace(self) -> str:
         """The transform's name, as everywhere here."""
         return "ExtractFeatures"
+
+
+def _like(
+    image: DecodedImage,
+    known: Mapping[str, Vectors | None],
+    computed: Mapping[str, Features | Failure],
+) -> Features | Failure:
+    """The result of `image`, which its own bytes or equal ones gave."""
+    vectors = known[image.sha256]
+    result = computed.get(image.sha256)
+    if isinstance(result, Failure):
+        ref = image.ref
+        return dataclasses.replace(
+            result, key=ref.key, source=ref.source, record_index=ref.record_index
+        )
+    if result is not None:
+        vectors = result.vectors
+    assert vectors is not None
+    return Features(image.ref, image.sha256, image.width, image.height, vectors)
 
 
 def _part(result: Features | Failure | Timing) -> Iterator[Any]:

@@ -51,6 +51,7 @@ def count_inference(timing: Timing) -> None:
         "batches": timing.batches,
         "batch_filled": timing.filled,
         "batch_slots": timing.slots,
+        "reused": timing.reused,
     }
     for name, count in counts.items():
         inc_counter("ExtractFeatures", name, count)

@@ -1,0 +1,54 @@
+"""Vectors of pictures that came before, by the digest of their encoded bytes: bounded in bytes."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
+
+Vectors = Mapping[str, np.ndarray]
+
+MAX_BYTES = 32 << 20  # some 4,000 pictures of nasnet_mobile; a whole job has 1.2 GB
+_ENTRY_BYTES = 500  # of the digest and the objects around the numbers
+
+
+class Known:
+    """The vectors of the pictures that were last computed or asked for. Threads may share it."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES):
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._vectors: OrderedDict[str, Vectors] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, sha256: str) -> Vectors | None:
+        """The vectors of the picture with this digest, None where they are not known."""
+        with self._lock:
+            if sha256 in self._vectors:
+                self._vectors.move_to_end(sha256)
+            return self._vectors.get(sha256)
+
+    def put(self, sha256: str, vectors: Vectors) -> None:
+        """Remember `vectors`; what was longest not asked for makes room."""
+        # Copies: rows of a batch would keep all of it in memory.
+        kept = {name: values.copy() for name, values in vectors.items()}
+        with self._lock:
+            if sha256 in self._vectors:
+                return
+            self._vectors[sha256] = kept
+            self._bytes += _size(kept)
+            while self._bytes > self._max_bytes:
+                self._bytes -= _size(self._vectors.popitem(last=False)[1])
+
+
+def _size(vectors: Vectors) -> int:
+    return _ENTRY_BYTES + sum(values.nbytes for values in vectors.values())
+
+
+@functools.lru_cache(2)  # of a process that runs one job after another
+def known_in(run: str) -> Known:
+    """This process's vectors of one run, whose model and preprocessing are the same throughout."""
+    return Known()
