@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "requirements" / "airflow.txt"
-STARTED = 180  # seconds in which anything of Airflow has started, on a loaded machine too
+STARTED = 300  # seconds in which anything of Airflow has ended, on a loaded machine too
 
 
 @functools.cache

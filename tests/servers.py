@@ -246,8 +246,8 @@ class Road:
     def fill(self, names: Iterable[str]) -> None:
         """Objects of one byte of those names, put there past the road and any client."""
         gs = self.store.uri.startswith("gs:")
-        # One connection, kept where the server keeps it; and patience, as a busy server of the tests
-        # may leave one of ten thousand requests without an answer.
+        # One connection, kept where the server keeps it; and patience, as a busy server
+        # of the tests may leave one of ten thousand requests without an answer.
         connection = http.client.HTTPConnection(self.upstream, timeout=10)
         for name in names:
             if gs:
