@@ -57,7 +57,7 @@ def up(folder: Path, workers: int = 2) -> Cluster:
         flags = [f"-D{name}={value}" for name, value in settings.items()]
         server = "org.apache.beam.runners.spark.SparkJobServerDriver"
         address = f"--spark-master-url={master}"
-        cluster.begin("jobserver", jvm(384, server, address, *cluster.job_server, flags=flags), env)
+        cluster.begin("jobserver", jvm(512, server, address, *cluster.job_server, flags=flags), env)
         cluster.begin_pool()
         cluster.wait_for_ports("job", "pool")
     except BaseException:
