@@ -27,7 +27,11 @@ def up(folder: Path, workers: int = 2) -> Cluster:
     home.mkdir()
     (home / "jars").symlink_to(lib)  # where Spark's workers look for what executors need
     log4j = java.write_log4j(cluster.folder)
-    env = {"SPARK_HOME": str(home), "SPARK_LOCAL_IP": "127.0.0.1"}
+    env = {
+        "SPARK_HOME": str(home),
+        "SPARK_SCALA_VERSION": "2.12",  # else looked for in build folders
+        "SPARK_LOCAL_IP": "127.0.0.1",
+    }
 
     def jvm(heap_mb: int, main: str, *args: str, flags: Sequence[str] = ()) -> list[str]:
         return java.command(f"{lib}/*", log4j, heap_mb, main, *args, flags=flags)
