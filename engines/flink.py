@@ -22,14 +22,14 @@ from engines.cluster import START, Cluster, command_line
 from engines.jars import jars
 from engines.processes import wait_for
 
-# A TaskManager's memory as Flink wants to be told of it, in MB: 976 in all.
+# A TaskManager's memory as Flink wants to be told of it, in MB: 1008 in all.
 _MEMORY = {
     "taskmanager.memory.framework.heap.size": 96,
     "taskmanager.memory.task.heap.size": 240,
     "taskmanager.memory.framework.off-heap.size": 96,
     "taskmanager.memory.task.off-heap.size": 32,
-    "taskmanager.memory.network.min": 64,
-    "taskmanager.memory.network.max": 64,
+    "taskmanager.memory.network.min": 96,
+    "taskmanager.memory.network.max": 96,
     "taskmanager.memory.managed.size": 64,
     "taskmanager.memory.jvm-metaspace.size": 256,
     "taskmanager.memory.jvm-overhead.min": 128,
@@ -49,6 +49,8 @@ taskmanager.numberOfTaskSlots: {slots}
 cluster.evenly-spread-out-slots: true
 io.tmp.dirs: {folder}/tmp
 blob.storage.directory: {folder}/tmp
+# Else one TaskManager alone has too few buffers to take over the others' subtasks.
+taskmanager.network.sort-shuffle.min-buffers: 64
 # A lost TaskManager or worker costs a restart of the job, not the job.
 restart-strategy.type: fixed-delay
 restart-strategy.fixed-delay.attempts: 8
