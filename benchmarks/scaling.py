@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for inputs and logs, default: a temporary one")
     request = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is brought down
     with tempfile.TemporaryDirectory(prefix="scaling-") as scratch:
         folder = request.folder or Path(scratch)
         model = request.model or str(folder / "nasnet_mobile")
