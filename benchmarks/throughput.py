@@ -147,21 +147,21 @@ def bare(network: str, precision: str, *flags: str) -> Command:
 
 _FIRST = ("--limit", "16", "--rows_per_file", "8", "--if_exists", "overwrite")
 _FAST = ("--precision", "bfloat16")
-# Rival (a) at its best in one of two ways: two batches at once, a thread each, small enough for the
+# Rival (a) at its best in one of two ways: batches side by side, a thread each, small enough for the
 # cache; or one batch on all cores, which is TensorFlow's own choice of threads ("plain").
-_LANES = ("--lanes", "2", "--intra", "1", "--batch")
+_LANES = ("--lanes", "4", "--intra", "1", "--batch")
 _OTHER_WAYS = ("plain", "lanes", "eager", "compile")
 _LARGE = ("nasnet_large", "pnasnet_large")
 _BOTH = ("classification", "feature_vector")
 CONTENDERS: dict[str, Contender] = {
     "ours_bf16": Contender("ours, bfloat16", ours(*_FAST), first=_FIRST),
-    "tfdata_bf16": Contender("tf.data + frozen, bfloat16", tf_data(*_FAST, *_LANES, "32")),
+    "tfdata_bf16": Contender("tf.data + frozen, bfloat16", tf_data(*_FAST, *_LANES, "16")),
     "tfdata_bf16_plain": Contender(
         "tf.data + frozen, bfloat16, one batch on all cores", tf_data(*_FAST)
     ),
     "tfdata_bf16_cheapest": Contender(
         "tf.data + frozen, bfloat16, cheapest pixels",
-        tf_data(*_FAST, *_LANES, "32", "--pixels", "cheapest"),
+        tf_data(*_FAST, *_LANES, "16", "--pixels", "cheapest"),
     ),
     "ours_f32": Contender("ours, float32", ours(), first=_FIRST),
     "tfdata_f32": Contender("tf.data + frozen, float32", tf_data(*_LANES, "8")),
