@@ -147,8 +147,8 @@ def bare(network: str, precision: str, *flags: str) -> Command:
 
 _FIRST = ("--limit", "16", "--rows_per_file", "8", "--if_exists", "overwrite")
 _FAST = ("--precision", "bfloat16")
-# Rival (a) at its best in one of two ways: batches side by side, a thread each, small enough for the
-# cache; or one batch on all cores, which is TensorFlow's own choice of threads ("plain").
+# Rival (a) at its best in one of two ways: batches side by side, a thread each, small enough for
+# the cache; or one batch on all cores, which is TensorFlow's own choice of threads ("plain").
 _LANES = ("--lanes", "4", "--intra", "1", "--batch")
 _OTHER_WAYS = ("plain", "lanes", "eager", "compile")
 _LARGE = ("nasnet_large", "pnasnet_large")
