@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pictures
 import pytest
 from conftest import Ran
 
+from engines.cluster import Cluster
 from engines.processes import Process, start, wait_for
 from formats.example import serialize_example
 from formats.tfrecord import write_record
@@ -30,6 +32,16 @@ def need(*programs: str) -> None:
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}, which is not on PATH")
+
+
+@contextlib.contextmanager
+def brought_up(up: Callable[[Path], Cluster], folder: Path) -> Iterator[Cluster]:
+    """The cluster that `up` starts in `folder`, ended with the last test of it, and wholly."""
+    need("java", "mvn")
+    running = up(folder)
+    yield running
+    running.down()
+    assert not [process.name for process in running.processes if process.group()]
 
 
 def write_input(folder: Path) -> list[Path]:

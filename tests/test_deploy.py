@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sdists import bare_environment, built_sdist
 from test_house import pins
 
 import pipeline
@@ -114,29 +115,17 @@ def test_workers_start_by_beams_boot_and_the_driver_is_found():
 
 def test_workers_install_the_staged_code_without_an_index(tmp_path):
     """As Beam's boot does, with the variables of the image and the setuptools of the lock."""
-    quiet = {"capture_output": True, "check": True, "text": True}
-    subprocess.run(
-        f"{sys.executable} setup.py -q egg_info --egg-base {tmp_path} sdist -d {tmp_path}".split(),
-        cwd=ROOT,
-        **quiet,
-    )
-    (archive,) = tmp_path.glob("*.tar.gz")
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "worker")], **quiet)
-    (library,) = tmp_path.glob("worker/lib/python*/site-packages")
-    setuptools = subprocess.run(
-        [sys.executable, "-c", "import setuptools; print(setuptools.__path__[0])"], **quiet
-    )
-    shutil.rmtree(library / "setuptools", ignore_errors=True)
-    os.symlink(setuptools.stdout.strip(), library / "setuptools")
-    python = str(tmp_path / "worker" / "bin" / "python")
+    archive = built_sdist(tmp_path)
+    python, _ = bare_environment(tmp_path / "worker")
     variables = {**os.environ, **environment("cpu"), "PIP_NO_INDEX": "1"}
     variables.pop("PYTHONPATH", None)
-    subprocess.run([python, "-m", "pip", "install", str(archive)], env=variables, **quiet)
+    install = [python, "-m", "pip", "install", str(archive)]
+    subprocess.run(install, env=variables, capture_output=True, check=True)
     where = [python, "-c", "import transforms.inference as t; print(t.__file__)"]
     told = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True)
     assert "apache_beam" in told.stderr  # found, and wants what the lock holds
     variables["PIP_NO_BUILD_ISOLATION"] = "1"
-    other = subprocess.run([python, "-m", "pip", "install", str(archive)], env=variables)
+    other = subprocess.run(install, env=variables, capture_output=True)
     assert other.returncode != 0  # with isolation, pip looks for a setuptools of its own
 
 

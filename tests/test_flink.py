@@ -8,9 +8,9 @@ import signal
 import pytest
 from clusters import (
     assert_same_output,
+    brought_up,
     finish,
     first_file,
-    need,
     run_job,
     start_job,
     verified,
@@ -28,11 +28,8 @@ MANY = 400
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Two TaskManagers, and what their processes printed where a test fails."""
-    need("java", "mvn")
-    running = flink.up(tmp_path_factory.mktemp("flink"))
-    yield running
-    running.down()
-    assert not [process.name for process in running.processes if process.group()]
+    with brought_up(flink.up, tmp_path_factory.mktemp("flink")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """The laws of the house, held by tests, each of which is shown to be able to fail."""
 
 import ast
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sdists import bare_environment, built_sdist
 
 ROOT = Path(__file__).parents[1]
 # A room may import those below it. formats and models do not know each other.
@@ -183,26 +182,13 @@ def test_quick_modules_pull_in_no_heavy_library(module):
 
 def test_the_sdist_installs_alone_and_answers_help(tmp_path):
     """What Beam's --setup_file ships: no dependency asked for, nothing of it missing."""
-    quiet = {"capture_output": True, "check": True, "text": True}
-    subprocess.run(
-        f"{sys.executable} setup.py -q egg_info --egg-base {tmp_path} sdist -d {tmp_path}".split(),
-        cwd=ROOT,
-        **quiet,
-    )
-    (archive,) = tmp_path.glob("*.tar.gz")
+    archive = built_sdist(tmp_path)
     with tarfile.open(archive) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert set(sources()) <= names
     assert not any(name.startswith(("tests/", "out/")) for name in names)
-    empty = tmp_path / "empty"
-    subprocess.run([sys.executable, "-m", "venv", str(empty)], **quiet)
-    (library,) = empty.glob("lib/python*/site-packages")
-    setuptools = subprocess.run(
-        [sys.executable, "-c", "import setuptools; print(setuptools.__path__[0])"], **quiet
-    )
-    shutil.rmtree(library / "setuptools", ignore_errors=True)  # Python 3.11 brings an old one
-    os.symlink(setuptools.stdout.strip(), library / "setuptools")  # what builds it, nothing else
-    python = str(empty / "bin" / "python")
+    python, library = bare_environment(tmp_path / "empty")
+    quiet = {"capture_output": True, "check": True, "text": True}
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, str(archive)], cwd=tmp_path, **quiet)
     for command in ("pipeline.extract", "pipeline.models", "pipeline.plan", "pipeline.verify"):

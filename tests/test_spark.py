@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from clusters import assert_same_output, need, run_job, write_input
+from clusters import assert_same_output, brought_up, run_job, write_input
 
 from engines import spark
 
@@ -13,11 +13,8 @@ pytestmark = pytest.mark.engines
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A master and two workers, ended with the module's last test."""
-    need("java", "mvn")
-    running = spark.up(tmp_path_factory.mktemp("spark"))
-    yield running
-    running.down()
-    assert not [process.name for process in running.processes if process.group()]
+    with brought_up(spark.up, tmp_path_factory.mktemp("spark")) as running:
+        yield running
 
 
 def test_the_rows_are_those_of_the_direct_runner(cluster, tmp_path):
