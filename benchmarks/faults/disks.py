@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,20 @@ def tmpfs(folder: Path, **limits: int) -> Iterator[Callable[[], None]]:
     try:
         yield lambda: mount("remount,size=64m,nr_inodes=10000")
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """Take the tmpfs at `folder` away, now or when the last that looks into it has gone.
+
+    Whatever watches mounts, or an exception that still holds a file, keeps one busy for a moment.
+    """
+    for wait in (0.1, 0.3, 1, 3, 0):
+        gc.collect()
+        if subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode == 0:
+            return
+        time.sleep(wait)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def small_disks(world: World, calm: Calm) -> Iterator[Row]:
