@@ -25,7 +25,7 @@ from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze
 from models.fusing import can_fuse, fuse_convolutions, to_bfloat16
 from models.graphs import Graph
 from models.handles import PREPARED, PREPARED_FILE, model_format, resolve
-from models.runtime import CORES, GPUS, tf
+from models.runtime import BFLOAT16, CORES, GPUS, tf
 from models.safety import check_graph, unsafe_ops, unsafe_types
 from storage import files
 
@@ -43,7 +43,8 @@ class OutOfMemory(RuntimeError):
 class LoadSpec:
     """What to load: a model's `handle` (see `handles.resolve`), and which `outputs`, () for all.
 
-    `precision`: "float32" or "bfloat16". `copies`: how many calls may run at once.
+    `precision`: "float32" or "bfloat16" (where the device has it: BFLOAT16). `copies`: how many
+    calls may run at once.
     """
 
     handle: str
@@ -169,7 +170,7 @@ def default_batch_size(image_size: int, precision: str, on_gpu: bool = bool(GPUS
     """
     if on_gpu:
         return 256
-    return 16 if precision == "bfloat16" and image_size < 300 else 8
+    return 16 if precision == "bfloat16" and BFLOAT16 and image_size < 300 else 8
 
 
 def default_copies() -> int:
@@ -259,8 +260,11 @@ def _assemble(frozen: Frozen) -> Graph:
 
 
 def _for_device(graph: Graph, precision: str) -> None:
-    """Put `graph` in the arithmetic asked for and, on CPU, into oneDNN's fused operations."""
-    if precision == "bfloat16":
+    """Put `graph` in the arithmetic asked for and, on CPU, into oneDNN's fused operations.
+
+    It stays in float32 where the device has no bfloat16, which its kernels would refuse.
+    """
+    if precision == "bfloat16" and BFLOAT16:
         to_bfloat16(graph)
     if not GPUS and can_fuse():
         fuse_convolutions(graph)
@@ -288,6 +292,7 @@ def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
 
 
 __all__ = [
+    "BFLOAT16",
     "EMBEDDING",
     "LOGITS",
     "Hints",

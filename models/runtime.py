@@ -36,6 +36,13 @@ def _without_chatter() -> Iterator[None]:
                     os.write(2, line)
 
 
+def _has_bfloat16() -> bool:
+    """Whether oneDNN has kernels for bfloat16 here; its guide names the instructions."""
+    told = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
+    flags = set(told.split())
+    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags or "avx_ne_convert" in flags
+
+
 CORES = len(os.sched_getaffinity(0))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 _has_gpu = Path("/dev/nvidiactl").exists()  # there its messages matter
@@ -62,6 +69,9 @@ with _without_chatter():
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
 
 
+BFLOAT16 = bool(GPUS) or _has_bfloat16()
+
+
 def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
     """The GraphDef of a ConcreteFunction, calls inlined, captured variables as constants.
 
@@ -78,6 +88,7 @@ def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
 
 
 __all__ = [
+    "BFLOAT16",
     "CORES",
     "GPUS",
     "inline_variables",

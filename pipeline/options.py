@@ -188,7 +188,8 @@ class Options:
         "float32",
         "arithmetic of the model",
         choices=("float32", "bfloat16"),
-        why="equal to the published networks; bfloat16 is faster and about 1 % off",
+        why="equal to the published networks; bfloat16 is faster and about 1 % off; a CPU without "
+        "it (no AVX-512) stays in float32 and says so",
     )
     inference_threads: int | None = knob(
         None,

@@ -77,7 +77,14 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     if writes:
         reach.soon(output, lambda: files.check_writable(output))
 
-    from models.loading import Hints, LoadSpec, default_batch_size, default_copies, load
+    from models.loading import (
+        BFLOAT16,
+        Hints,
+        LoadSpec,
+        default_batch_size,
+        default_copies,
+        load,
+    )
     from pipeline.graph import Plan
     from transforms.sources import Finished, Reading
 
@@ -91,6 +98,11 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.precision,
         options.inference_threads or _copies(workers) or default_copies(),
     )
+    if options.precision == "bfloat16" and not BFLOAT16 and not workers:
+        log.warning(
+            "--precision bfloat16: this CPU has none (no AVX-512), so the layers stay in float32: "
+            "no faster, and no further from it"
+        )
     # What another machine will run is only looked at here.
     info = load(dataclasses.replace(spec, copies=1) if workers else spec).info
     _check_classes(options, info, names)

@@ -10,8 +10,9 @@ import pytest
 import tensorflow as tf
 from reference_weights import images
 
+from models import loading
 from models.export import export_saved_model
-from models.loading import Hints, LoadSpec, ModelError, load
+from models.loading import BFLOAT16, Hints, LoadSpec, ModelError, load
 from storage.errors import RequestError
 
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -148,9 +149,22 @@ def test_bfloat16_is_near_and_says_the_same_of_a_picture_in_every_call():
     pixels = uint8_pictures(SIZE)
     for name, vectors in rough(pixels).items():
         assert vectors.dtype == np.float32
-        assert 1e-5 < worst(vectors, exact(pixels)[name]) < 0.05
+        assert worst(vectors, exact(pixels)[name]) < 0.05
+        assert not BFLOAT16 or worst(vectors, exact(pixels)[name]) > 1e-5
         assert np.array_equal(vectors, rough(pixels)[name])
     assert rough.info.fingerprint == exact.info.fingerprint
+
+
+def test_a_device_without_bfloat16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(loading, "BFLOAT16", False)
+    monkeypatch.setattr(loading, "_loaded", {})
+    handle = exports.exported("saved_model", "classification")
+    asked = load(LoadSpec(handle, precision="bfloat16"))
+    pixels = uint8_pictures(SIZE)
+    exact = load(LoadSpec(handle))(pixels)
+    for name, vectors in asked(pixels).items():
+        assert np.array_equal(vectors, exact[name])
+    assert loading.default_batch_size(224, "bfloat16", on_gpu=False) == 8
 
 
 def test_calls_run_side_by_side_give_the_same_bits():

@@ -109,9 +109,10 @@ def unmount(folder: Path) -> None:
 
     Whatever watches mounts, or an exception that still holds a file, keeps one busy for a moment.
     """
+    command = ["umount", str(folder)]
     for wait in (0.1, 0.3, 1, 3, 0):
         gc.collect()
-        if subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode == 0:
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return
         time.sleep(wait)
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
