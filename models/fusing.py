@@ -1,4 +1,4 @@
-"""Operations fused for oneDNN on CPU, and bfloat16 arithmetic.
+"""Operations as CPUs want them (fused for oneDNN, products apart), and bfloat16 arithmetic.
 
 TensorFlow's own remapper fuses convolution, bias, addition and ReLU too, but gives up on these
 networks as a whole ("fanout exist for missing node"), and its mixed precision knows no fused
@@ -8,6 +8,8 @@ operation. Both are written out here, so that they hold for float32 and bfloat16
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from models.graphs import Graph, kind, node_name
 from models.runtime import tf
@@ -109,6 +111,35 @@ def fuse_convolutions(graph: Graph) -> None:
             fused.append(b"Relu")
         _replace(graph, chain, [*conv.input, bias.input[1], *extra], fused)
     graph.prune()
+
+
+def multiply_by_picture(graph: Graph) -> None:
+    """Make each product of rows with a constant matrix one product a row.
+
+    Kernels that take rows in blocks give those of the last, smaller block other bits than the rest,
+    so that a picture's vector would depend on its place in the batch.
+    """
+    for node in [node for node in graph.nodes.values() if node.op == "MatMul"]:
+        matrix = graph.constant(node.input[1])
+        if node.attr["transpose_a"].b or matrix is None:
+            continue
+        turned = node.attr["transpose_b"].b
+        rows, columns = reversed(matrix.shape) if turned else matrix.shape
+        left, right = node.input
+        del graph.nodes[node.name]
+        apart = _reshape(graph, f"{node.name}/apart", left, [-1, 1, rows], node)
+        product = graph.add("BatchMatMulV2", f"{node.name}/product", [apart.name, right])
+        product.attr["T"].CopyFrom(node.attr["T"])
+        product.attr["adj_y"].b = turned
+        _reshape(graph, node.name, product.name, [-1, columns], node)
+
+
+def _reshape(graph: Graph, name: str, tensor: str, shape: list[int], like: Any) -> Any:
+    sizes = graph.add_constant(f"{name}/shape", np.array(shape, np.int32))
+    node = graph.add("Reshape", name, [tensor, sizes])
+    node.attr["T"].CopyFrom(like.attr["T"])
+    node.attr["Tshape"].type = tf.int32.as_datatype_enum
+    return node
 
 
 def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:

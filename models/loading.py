@@ -22,7 +22,7 @@ import numpy as np
 from models.fingerprint import fingerprint
 from models.folding import fold
 from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze, read_proto
-from models.fusing import can_fuse, fuse_convolutions, to_bfloat16
+from models.fusing import can_fuse, fuse_convolutions, multiply_by_picture, to_bfloat16
 from models.graphs import Graph
 from models.handles import PREPARED, PREPARED_FILE, model_format, resolve
 from models.runtime import BFLOAT16, CORES, GPUS, tf
@@ -260,14 +260,16 @@ def _assemble(frozen: Frozen) -> Graph:
 
 
 def _for_device(graph: Graph, precision: str) -> None:
-    """Put `graph` in the arithmetic asked for and, on CPU, into oneDNN's fused operations.
+    """Put `graph` in the arithmetic asked for and, on CPU, into the operations that suit it.
 
     It stays in float32 where the device has no bfloat16, which its kernels would refuse.
     """
     if precision == "bfloat16" and BFLOAT16:
         to_bfloat16(graph)
-    if not GPUS and can_fuse():
-        fuse_convolutions(graph)
+    if not GPUS:
+        multiply_by_picture(graph)
+        if can_fuse():
+            fuse_convolutions(graph)
 
 
 def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:

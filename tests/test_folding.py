@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.folding import fold
-from models.fusing import can_fuse, fuse_convolutions, to_bfloat16
+from models.fusing import can_fuse, fuse_convolutions, multiply_by_picture, to_bfloat16
 from models.graphs import Graph
 from models.runtime import BFLOAT16
 
@@ -138,6 +138,31 @@ def test_fusing_computes_the_same(name):
     fuse_convolutions(graph)
     assert ops(graph)[FUSED] == count
     assert ops(graph)["Conv2D"] == 0
+    assert close(run(graph), wanted)
+
+
+PRODUCTS = {
+    "a constant": (lambda net, x: tf.matmul(x[:, 0, 0], net.random.normal(size=(4, 5))), 1),
+    "a constant that is turned": (
+        lambda net, x: tf.matmul(x[:, 0, 0], net.random.normal(size=(5, 4)), transpose_b=True),
+        1,
+    ),
+    "rows that are turned": (
+        lambda net, x: tf.matmul(x[0, 0], net.random.normal(size=(7, 5)), transpose_a=True),
+        0,
+    ),
+    "what is no constant": (lambda net, x: tf.matmul(x[:, 0, 0], x[0, 0], transpose_b=True), 0),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_by_picture_are_the_same(name):
+    make, count = PRODUCTS[name]
+    graph = Graph(build(lambda net, x: make(net, tf.cast(x, tf.float64))), ["y"])
+    wanted = run(graph)
+    multiply_by_picture(graph)
+    assert ops(graph)["BatchMatMulV2"] == count
+    assert ops(graph)["MatMul"] == 1 - count
     assert close(run(graph), wanted)
 
 
