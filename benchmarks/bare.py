@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--model", help="prepared, or any other")
     parser.add_argument("--records")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--engine", default="tensorflow")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--outputs", nargs="*", default=())
     parser.add_argument("--seconds", type=float, default=10)
@@ -113,15 +114,21 @@ def _decoding(records: str) -> Callable[[int], int]:
 
 
 def _model(request: Any) -> Callable[[int], int]:
-    from models.loading import LoadSpec, default_batch_size, default_copies, load
+    from models.loading import LoadSpec, default_batch_size, default_copies, has_gpu, load
 
-    copies = default_copies()
+    on_gpu = has_gpu(request.engine)
+    copies = default_copies(on_gpu)
     spec = LoadSpec(
-        request.model, tuple(request.outputs), precision=request.precision, copies=copies
+        request.model,
+        tuple(request.outputs),
+        precision=request.precision,
+        copies=copies,
+        engine=request.engine,
     )
     model = load(spec)
     side = model.info.image_size
-    pixels = fixed_pictures(request.batch or default_batch_size(side, request.precision), side)
+    size = request.batch or default_batch_size(side, request.precision, on_gpu)
+    pixels = fixed_pictures(size, side)
     lanes = ThreadPoolExecutor(copies)
 
     def once(_: int) -> int:

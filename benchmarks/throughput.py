@@ -164,6 +164,12 @@ CONTENDERS: dict[str, Contender] = {
         tf_data(*_FAST, *_LANES, "16", "--pixels", "cheapest"),
     ),
     "ours_f32": Contender("ours, float32", ours(), first=_FIRST),
+    "ours_f32_openvino": Contender(
+        "ours, float32, --engine openvino", ours("--engine", "openvino"), first=_FIRST
+    ),
+    "ours_bf16_openvino": Contender(
+        "ours, bfloat16, --engine openvino", ours(*_FAST, "--engine", "openvino"), first=_FIRST
+    ),
     "tfdata_f32": Contender("tf.data + frozen, float32", tf_data(*_LANES, "8")),
     "tfdata_f32_plain": Contender("tf.data + frozen, float32, one batch on all cores", tf_data()),
     "tfdata_f32_cheapest": Contender(

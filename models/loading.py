@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from models import openvino
 from models.fingerprint import fingerprint
 from models.folding import fold
 from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze, read_proto
@@ -30,7 +31,8 @@ from models.safety import check_graph, unsafe_ops, unsafe_types
 from storage import files
 
 PREPARED_VERSION = 2
-Run = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
+TENSORFLOW, OPENVINO = "tensorflow", "openvino"
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 _GRAPH_FILE, _WEIGHTS_FILE = "graph.pb", "weights.npz"
 _PIXELS = "pixels"
 
@@ -44,7 +46,7 @@ class LoadSpec:
     """What to load: a model's `handle` (see `handles.resolve`), and which `outputs`, () for all.
 
     `precision`: "float32" or "bfloat16" (where the device has it: BFLOAT16). `copies`: how many
-    calls may run at once.
+    calls may run at once. `engine`: what computes, "tensorflow", or "openvino" on CPUs.
     """
 
     handle: str
@@ -54,6 +56,7 @@ class LoadSpec:
     allow_unsafe_ops: bool = False
     precision: str = "float32"
     copies: int = 1
+    engine: str = TENSORFLOW
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,7 @@ class LoadedModel:
             raise ValueError("no pixels: the model takes at least one picture")
         run = self._idle.get()
         try:
-            return {name: out.numpy() for name, out in run(tf.constant(pixels)).items()}
-        except tf.errors.ResourceExhaustedError as error:
-            raise OutOfMemory(str(error)[:300]) from error
+            return run(pixels)
         finally:
             self._idle.put(run)
 
@@ -120,8 +121,14 @@ def load(spec: LoadSpec) -> LoadedModel:
         if spec not in _loaded:
             info, graph = _assembled(spec)
             outputs = spec.outputs or tuple(info.outputs)
-            _for_device(graph.prune(outputs), spec.precision)
-            _loaded[spec] = LoadedModel(info, _functions(graph, outputs, spec.copies))
+            bfloat16 = spec.precision == "bfloat16" and BFLOAT16
+            graph.prune(outputs)
+            if spec.engine == OPENVINO:
+                runs = openvino.functions(graph, outputs, bfloat16, spec.copies)
+            else:
+                _for_device(graph, bfloat16)
+                runs = _functions(graph, outputs, spec.copies)
+            _loaded[spec] = LoadedModel(info, runs)
         return _loaded[spec]
 
 
@@ -162,8 +169,13 @@ def unsafe_operations(directory: str) -> list[str]:
     return unsafe_ops(read_proto(directory))
 
 
-def default_batch_size(image_size: int, precision: str, on_gpu: bool = bool(GPUS)) -> int:
-    """Images a batch for this machine, or for one that has a GPU or none.
+def has_gpu(engine: str = TENSORFLOW) -> bool:
+    """Whether `engine` computes on a GPU on this machine."""
+    return bool(GPUS) and engine == TENSORFLOW
+
+
+def default_batch_size(image_size: int, precision: str, on_gpu: bool) -> int:
+    """Images a batch for a machine that computes on a GPU or on none.
 
     On CPU as many as leave their activations in the cache, and bfloat16's are half as large; a GPU
     wants more.
@@ -173,9 +185,9 @@ def default_batch_size(image_size: int, precision: str, on_gpu: bool = bool(GPUS
     return 16 if precision == "bfloat16" and BFLOAT16 and image_size < 300 else 8
 
 
-def default_copies() -> int:
-    """Batches that run at once: one for each core, each on one thread; on a GPU one."""
-    return 1 if GPUS else CORES
+def default_copies(on_gpu: bool) -> int:
+    """Batches that run at once here: one for each core, each on one thread; on a GPU one."""
+    return 1 if on_gpu else CORES
 
 
 def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
@@ -259,12 +271,9 @@ def _assemble(frozen: Frozen) -> Graph:
     return graph
 
 
-def _for_device(graph: Graph, precision: str) -> None:
-    """Put `graph` in the arithmetic asked for and, on CPU, into the operations that suit it.
-
-    It stays in float32 where the device has no bfloat16, which its kernels would refuse.
-    """
-    if precision == "bfloat16" and BFLOAT16:
+def _for_device(graph: Graph, bfloat16: bool) -> None:
+    """Put `graph` in the arithmetic asked for and, on CPU, into the operations that suit it."""
+    if bfloat16:
         to_bfloat16(graph)
     if not GPUS:
         multiply_by_picture(graph)
@@ -273,7 +282,7 @@ def _for_device(graph: Graph, precision: str) -> None:
 
 
 def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
-    """The same function `copies` times over one set of weights."""
+    """TensorFlow's function of `graph`, `copies` times over one set of weights."""
     graph_def = graph.to_def()
     weights = {name: tf.constant(array) for name, array in graph.weights.items()}
     graph.weights.clear()  # TensorFlow has its own now
@@ -290,13 +299,27 @@ def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
         return dict(zip(outputs, tensors, strict=True))
 
     pixels = tf.TensorSpec(shape, tf.uint8)
-    return [tf.compat.v1.wrap_function(run, [pixels]) for _ in range(copies)]
+    return [_on_arrays(tf.compat.v1.wrap_function(run, [pixels])) for _ in range(copies)]
+
+
+def _on_arrays(function: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]) -> Run:
+    """`function` from array to arrays, its want of memory told as OutOfMemory."""
+
+    def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            return {name: out.numpy() for name, out in function(tf.constant(pixels)).items()}
+        except tf.errors.ResourceExhaustedError as error:
+            raise OutOfMemory(str(error)[:300]) from error
+
+    return run
 
 
 __all__ = [
     "BFLOAT16",
     "EMBEDDING",
     "LOGITS",
+    "OPENVINO",
+    "TENSORFLOW",
     "Hints",
     "LoadSpec",
     "LoadedModel",
@@ -305,6 +328,7 @@ __all__ = [
     "OutOfMemory",
     "default_batch_size",
     "default_copies",
+    "has_gpu",
     "load",
     "prepare",
 ]

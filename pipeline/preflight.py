@@ -83,11 +83,13 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         LoadSpec,
         default_batch_size,
         default_copies,
+        has_gpu,
         load,
     )
     from pipeline.graph import Plan
     from transforms.sources import Finished, Reading
 
+    on_gpu = workers.gpu if workers else has_gpu(options.engine)
     handle = options.model
     spec = LoadSpec(
         handle if handles.archive_url(handle) else files.absolute(handle),
@@ -96,7 +98,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Hints(options.image_size, options.value_range),
         options.allow_unsafe_ops,
         options.precision,
-        options.inference_threads or _copies(workers) or default_copies(),
+        options.inference_threads or _copies(workers) or default_copies(on_gpu),
+        options.engine,
     )
     if options.precision == "bfloat16" and not BFLOAT16 and not workers:
         log.warning(
@@ -132,6 +135,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         "model": info.fingerprint,
         "preprocessing": pixels,
         "precision": options.precision,
+        "engine": options.engine,
         "vectors": vectors,
         "vector_type": options.vector_type,
         "top_k": options.top_k,
@@ -140,7 +144,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         "label": str(types.label),
         "columns": {name: str(kind) for name, kind in types.columns.items()},
     }
-    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    versioned = (*VERSIONED, *([options.engine] if options.engine not in VERSIONED else []))
+    versions = {name: importlib.metadata.version(name) for name in versioned}
     metadata = metadata_text(
         {
             "model_handle": hide(options.model),
@@ -148,6 +153,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
             "preprocessing": pixels,
             "vectors": vectors,
             "precision": options.precision,
+            "engine": options.engine,
             "run_id": run_id,
             "versions": versions,
             dataset.ROW_META: rows,
@@ -191,10 +197,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         preprocessing,
         _isolation(options),
         spec,
-        options.batch_size
-        or default_batch_size(
-            info.image_size, options.precision, *([workers.gpu] if workers else [])
-        ),
+        options.batch_size or default_batch_size(info.image_size, options.precision, on_gpu),
         table,
         options.rows_per_file,
         metadata,

@@ -1,0 +1,93 @@
+"""`--engine openvino` computes what TensorFlow does."""
+
+import sys
+
+import exports
+import numpy as np
+import pytest
+from pictures import jpeg
+
+from models import loading
+from models.loading import LoadSpec, ModelError, load
+
+SIZE = exports.ONE_CELL.image_size
+PIXELS = np.random.default_rng(0).integers(0, 255, (6, SIZE, SIZE, 3), np.uint8)
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        ("saved_model", "classification"),
+        ("hub_v1", "classification"),
+        ("saved_model", "feature_vector"),
+        ("saved_model", "classification", "nasnet_mobile"),
+    ],
+)
+def test_both_engines_give_the_same_vectors(export):
+    handle = exports.exported(*export)
+    ours, theirs = load(LoadSpec(handle)), load(LoadSpec(handle, engine="openvino"))
+    assert theirs.info == ours.info
+    side = ours.info.image_size
+    pixels = np.random.default_rng(0).integers(0, 255, (3, side, side, 3), np.uint8)
+    wanted, got = ours(pixels), theirs(pixels)
+    assert got.keys() == wanted.keys()
+    for name, vectors in got.items():
+        assert (vectors.shape, vectors.dtype) == (wanted[name].shape, np.float32)
+        assert error(vectors, wanted[name]) < 1e-5
+
+
+def test_bfloat16_is_near():
+    handle = exports.exported("saved_model", "classification")
+    exact = load(LoadSpec(handle))(PIXELS)
+    rough = load(LoadSpec(handle, precision="bfloat16", engine="openvino"))(PIXELS)
+    for name, vectors in rough.items():
+        assert error(vectors, exact[name]) < 0.05
+        assert not loading.BFLOAT16 or error(vectors, exact[name]) > 1e-5
+
+
+def test_a_picture_has_the_same_bits_in_every_place_lane_and_call():
+    spec = LoadSpec(exports.exported("saved_model", "classification"), engine="openvino", copies=3)
+    model = load(spec)
+    forth = model(PIXELS)
+    for _ in range(4):  # the lanes take turns
+        back = model(PIXELS[::-1].copy())
+        for name, vectors in forth.items():
+            assert np.array_equal(vectors, back[name][::-1])
+    few = model(PIXELS[:2])  # another size is compiled beside the first
+    assert all(error(few[name], forth[name][:2]) < 1e-5 for name in forth)
+
+
+def test_the_job_tells_its_engine_and_goes_on_with_no_other(tmp_path, job):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(jpeg(40 + number, 30))
+    plain = job(tmp_path / "in", output=tmp_path / "plain")
+    other = job(tmp_path / "in", output=tmp_path / "other", engine="openvino")
+    assert (plain.code, other.code) == (0, 0)
+    assert other.manifest["options"]["engine"] == "openvino"
+    assert other.manifest["versions"].keys() - plain.manifest["versions"] == {"openvino"}
+    assert other.manifest["model"] == plain.manifest["model"]
+    for key, row in plain.rows("features").items():
+        for name in ("embedding", "logits"):
+            got = np.array(other.rows("features")[key][name])
+            assert error(got, np.array(row[name])) < 1e-5
+    again = job(tmp_path / "in", output=tmp_path / "other", if_exists="resume")
+    assert again.code == 2
+    assert 'engine ("openvino", now "tensorflow")' in again.stderr
+
+
+def test_where_it_is_not_installed_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    spec = LoadSpec(exports.exported("saved_model", "feature_vector"), engine="openvino", copies=9)
+    with pytest.raises(ModelError, match=r"not installed .* pip install 'image-features\[openvino"):
+        load(spec)
+
+
+def test_it_and_a_gpu_exclude_one_another(job, tmp_path):
+    ran = job(tmp_path, engine="openvino", gpu="nvidia-l4")
+    assert ran.code == 2
+    assert "computes on CPUs" in ran.stderr
