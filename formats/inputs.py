@@ -64,8 +64,9 @@ def detect_format(found: Sequence[FileInfo]) -> str:
     Raises OSError where the only one cannot be read.
 
     `tfrecord` where every file is one, by its name or its beginning; `parquet`, `webdataset` or
-    `manifest` where every name ends as such and the first files begin so; otherwise `images`.
-    Empty files, and those that cannot be read, tell nothing unless their names do.
+    `manifest` where every name ends as such and any of the first files begins so (a damaged one is
+    a failure of its own); otherwise `images`. Empty files, and those that cannot be read, tell
+    nothing unless their names do.
     """
     telling = [info for info in found if info.size or _tells_by_name(info.path)]
     if not telling:
@@ -79,9 +80,10 @@ def detect_format(found: Sequence[FileInfo]) -> str:
         (WEBDATASET, webdataset.ENDINGS, lambda head, path: webdataset.is_tar(head)),
         (MANIFEST, listing.ENDINGS, listing.is_listing),
     ):
-        if all(info.path.lower().endswith(endings) for info in telling) and all(
-            not info.size or begins(_head(info), info.path) for info in telling[:_HEADS]
-        ):
+        if not all(info.path.lower().endswith(endings) for info in telling):
+            continue
+        looked_at = [info for info in telling[:_HEADS] if info.size]
+        if not looked_at or any(begins(_head(info), info.path) for info in looked_at):
             return kind
     return IMAGES
 

@@ -74,9 +74,9 @@ class Options:
         "failures tries again what failed in an earlier run's --output",
         choices=INPUT_FORMATS,
         why="by content and ending; parquet, webdataset and manifest where every file has its name "
-        "(.parquet, .parq, .pq; .tar, .tar.gz, .tgz; .csv, .jsonl, .ndjson) and begins so; a "
-        "directory that otherwise holds any file that is no TFRecord is images; failures is never "
-        "guessed",
+        "(.parquet, .parq, .pq; .tar, .tar.gz, .tgz; .csv, .jsonl, .ndjson) and any of "
+        "the first ones begins so; a directory that otherwise holds any file that is no TFRecord "
+        "is images; failures is never guessed",
     )
     image_key: str = knob(
         "image/encoded",
