@@ -76,14 +76,14 @@ def detect_format(found: Sequence[FileInfo]) -> str:
     if all(map(_is_tfrecord, telling)):
         return TFRECORD
     for kind, endings, begins in (
-        (PARQUET, parquet.ENDINGS, lambda head, path: head.startswith(parquet.MAGIC)),
-        (WEBDATASET, webdataset.ENDINGS, lambda head, path: webdataset.is_tar(head)),
-        (MANIFEST, listing.ENDINGS, listing.is_listing),
+        (PARQUET, parquet.ENDINGS, lambda info: _head(info).startswith(parquet.MAGIC)),
+        (WEBDATASET, webdataset.ENDINGS, lambda info: webdataset.is_tar(_head(info))),
+        (MANIFEST, listing.ENDINGS, lambda info: listing.is_listing(_first_row(info), info.path)),
     ):
         if not all(info.path.lower().endswith(endings) for info in telling):
             continue
         looked_at = [info for info in telling[:_HEADS] if info.size]
-        if not looked_at or any(begins(_head(info), info.path) for info in looked_at):
+        if not looked_at or any(map(begins, looked_at)):
             return kind
     return IMAGES
 
@@ -97,12 +97,19 @@ def _is_tfrecord(info: FileInfo) -> bool:
     return tfrecord.looks_like_tfrecord_name(info.path) or tfrecord.is_tfrecord(_head(info))
 
 
-def _head(info: FileInfo) -> bytes:
+def _head(info: FileInfo, most: int = _HEAD_BYTES) -> bytes:
     """The beginning of a file; nothing of one that cannot be read, which will be a failure row."""
     try:
-        return steady.read_at_most(info.path, _HEAD_BYTES)
+        return steady.read_at_most(info.path, most)
     except OSError:
         return b""
+
+
+def _first_row(info: FileInfo) -> bytes:
+    """The beginning of a manifest with all of its first row, which may hold long texts."""
+    head = _head(info)
+    whole = b"\n" in head.lstrip(b"\r\n") or len(head) == info.size
+    return head if whole else _head(info, listing.LINE_BYTES)
 
 
 def survey(

@@ -21,7 +21,7 @@ CSV_ENDINGS, JSON_ENDINGS = (".csv",), (".jsonl", ".ndjson")
 ENDINGS = CSV_ENDINGS + JSON_ENDINGS
 WEB = ("http://", "https://")
 DEFAULT_LABEL = ExampleKeys().label
-_LINE_BYTES = 16 << 20  # longest line of JSON
+LINE_BYTES = 16 << 20  # longest line of JSON
 _Wrong = tuple[str, str]  # class and message of what is wrong with a row
 
 
@@ -42,7 +42,7 @@ class Entry:
 
 
 def is_listing(head: bytes, path: str) -> bool:
-    """Whether a file that begins with `head` names images: its first row has a `uri`."""
+    """Whether a file that begins with `head`, its first row, names images: the row has a `uri`."""
     try:
         if path.lower().endswith(CSV_ENDINGS):
             return URI in next(csv.reader(io.StringIO(_first_line(head), newline="")), [])
@@ -139,12 +139,12 @@ def _csv_rows(stream: BinaryIO, path: str) -> Iterator[dict[str, Any] | _Wrong]:
 
 def _json_rows(stream: BinaryIO) -> Iterator[dict[str, Any] | _Wrong]:
     number = 0
-    while line := stream.readline(_LINE_BYTES):
+    while line := stream.readline(LINE_BYTES):
         number += 1
-        if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := stream.readline(_LINE_BYTES)) and not rest.endswith(b"\n"):
+        if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            yield "BadRow", f"line {number} is over {_LINE_BYTES} bytes"
+            yield "BadRow", f"line {number} is over {LINE_BYTES} bytes"
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")

@@ -110,6 +110,8 @@ def names(unit):
         ({"a.csv": LIST}, MANIFEST),
         ({"a.csv": LIST, "b.jsonl": b'{"uri": "x"}', "c.ndjson": b'{"uri": "x"}'}, MANIFEST),
         ({"a.csv": b"url\nx\n"}, IMAGES),
+        ({"a.jsonl": b'{"text": "%s", "uri": "x"}\n' % (b"long " * 9999)}, MANIFEST),
+        ({"a.csv": b"%s,uri\n" % (b"name," * 9999)}, MANIFEST),
         ({"a.csv": LIST, "a.jpg": JPEG}, IMAGES),
         ({"a.txt": LIST}, IMAGES),
         ({"manifest.json": b"{}", "features__part-1.parquet": TABLE}, IMAGES),
