@@ -25,6 +25,8 @@ MAGIC = b"PAR1"
 DEFAULT_IMAGE, DEFAULT_LABEL = ExampleKeys().image, ExampleKeys().label
 _ROWS = 16  # rows held at once
 _BUFFER = 1 << 20  # bytes of a column chunk read at once; without it a whole chunk is
+# What Python cannot hold of an Arrow value: the year 10,000, text that is no UTF-8, a strange zone.
+_NO_PYTHON = (OverflowError, ValueError, LookupError)
 
 
 def open_file(stream: BinaryIO) -> pq.ParquetFile:
@@ -147,7 +149,8 @@ def count_rows(stream: BinaryIO) -> int:
 def read_images(stream: BinaryIO, size: int, keys: ExampleKeys) -> Iterator[Found | Damage]:
     """The rows of a Parquet file of `size` bytes in order, and a Damage for what cannot be read.
 
-    A row's image is None, with the reason, where it is null or of another kind. Damage costs what
+    A row's image is None, with the reason, where it is null or of another kind; a value beside it
+    that Python cannot hold is a reason too. Damage costs what
     is left of its row group (the message tells how many rows); reading goes on with the next one.
     No row comes twice. Raises only errors of `stream` that last (its `error`).
     """
@@ -169,7 +172,7 @@ def read_images(stream: BinaryIO, size: int, keys: ExampleKeys) -> Iterator[Foun
             for row in _rows(file, group, wanted):
                 yield _found(row, index, keys)
                 index += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError) as error:
             if getattr(stream, "error", None):
                 raise
             column = meta.column(0)
@@ -183,15 +186,34 @@ def _rows(file: pq.ParquetFile, group: int, wanted: list[str]) -> Iterator[dict[
         yield from itertools.repeat({}, file.metadata.row_group(group).num_rows)
         return
     for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False):
-        yield from batch.to_pylist()
+        try:
+            yield from batch.to_pylist()
+        except _NO_PYTHON:
+            names = batch.schema.names
+            for n in range(batch.num_rows):
+                yield {name: _value(batch.column(name)[n]) for name in names}
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """`scalar` as Python has it, else the reason why it has not."""
+    try:
+        return scalar.as_py()
+    except _NO_PYTHON as error:
+        return error
 
 
 def _found(row: dict[str, Any], index: int, keys: ExampleKeys) -> Found:
+    wrong = None
+    for name in [name for name, value in row.items() if isinstance(value, Exception)]:
+        kinds = {keys.image: "ImageType", keys.id: "IdType", keys.label: "LabelType"}
+        reason = f"column {name!r}: a value that cannot be read: {row.pop(name)}"
+        wrong = ImageError(kinds.get(name, "ColumnType"), reason)
     image = row.get(keys.image)
     values = {name: row.get(name) for name in fields.names_of(keys)}
     data = image.get("bytes") if isinstance(image, dict) else image
-    if isinstance(data, bytes) and data:
-        return Found(index, data, values)
+    found = isinstance(data, bytes) and data
+    if found or wrong:
+        return Found(index, data if found else None, values, wrong)
     if keys.image not in row:
         error = ImageError("MissingFeature", f"there is no column {keys.image!r} in this file")
     elif isinstance(image, dict) and data is None and image.get("path"):

@@ -228,6 +228,45 @@ def test_a_label_over_the_range_is_a_failure():
     assert found[0].error_class == "LabelType"
 
 
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pa.array([0, 2**62, 5], pa.timestamp("us")), "out of range"),
+        (pa.array([0, 2**40, 5], pa.timestamp("s", "UTC")), "out of range"),
+        (pa.array([0, 2**30, 5], pa.date32()), "must have magnitude"),
+        (pa.array([[0], [1, 2**62], []], pa.list_(pa.timestamp("us"))), "out of range"),
+        (pa.array([b"a", b"\xff", b"c"]).view(pa.string()), "can't decode"),
+    ],
+)
+def test_a_value_that_python_cannot_hold_costs_its_row_alone(column, told):
+    table = pa.table({"image": pictures(3), "id": ["x", "y", "z"], "extra": column})
+    keys = ExampleKeys("image", "id", columns=("extra",))
+    first, second, third = records(stored(table), keys)
+    assert [r.data for r in (first, third)] == [b"picture 0", b"picture 2"]
+    held = [column[0].as_py(), column[2].as_py()]
+    assert [r.ref.columns["extra"] for r in (first, third)] == held
+    assert (second.key, second.record_index, second.bytes) == ("y", 1, 9)
+    assert (second.stage, second.error_class) == ("read", "ColumnType")
+    assert "column 'extra'" in second.message
+    assert told in second.message
+
+
+@pytest.mark.parametrize(
+    ("name", "error_class"), [("id", "IdType"), ("label", "LabelType"), ("image", "ImageType")]
+)
+def test_what_else_is_no_text_costs_its_row_alone(name, error_class):
+    text = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    columns = {"image": pa.array(pictures(3)), "id": pa.array(list("xyz")), "label": text}
+    columns[name] = text
+    if name == "image":
+        columns[name] = pa.StructArray.from_arrays([pa.array(pictures(3)), text], ["bytes", "path"])
+    keys = ExampleKeys("image", "id", "label" if name == "label" else None)
+    first, second, third = records(stored(pa.table(columns)), keys)
+    assert isinstance(first, ImageRecord)
+    assert isinstance(third, ImageRecord)
+    assert (second.error_class, second.record_index) == (error_class, 1)
+
+
 # ---------------------------------------------------------------- damage
 
 
