@@ -35,10 +35,14 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input pattern and the format of its files."""
+    """An input pattern and the format of its files.
+
+    `output`: where the run writes, whose own files are no input wherever they lie; empty for none.
+    """
 
     pattern: str
     format: str
+    output: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,22 @@ class Unit:
 
 
 _TFDS_SHARD = re.compile(r"-(?P<split>[^-.]+)\.[^-]*-(?P<index>\d{5})-of-(?P<total>\d{5})$")
+
+
+# What a run makes of itself in its output; whatever else lies there may be input.
+_OWN = re.compile(
+    r"_SUCCESS|_run-[^/]*|(_failed/[^/]+/)?(manifest\.json|(features|failures)/part-[^/]*\.parquet)"
+)
+
+
+def _is_own(path: str, output: str) -> bool:
+    return path.startswith(f"{output}/") and bool(_OWN.fullmatch(path, len(output) + 1))
+
+
+def _find(source: Source) -> Iterator[FileInfo]:
+    """The files of `source`, but the run's own."""
+    found = files.find(source.pattern)
+    return (i for i in found if not _is_own(i.path, source.output)) if source.output else found
 
 
 def detect_format(found: Sequence[FileInfo]) -> str:
@@ -113,26 +133,33 @@ def _first_row(info: FileInfo) -> bytes:
 
 
 def survey(
-    patterns: Iterable[str], input_format: str, allow_empty: bool
+    patterns: Iterable[str], input_format: str, allow_empty: bool, output: str = ""
 ) -> tuple[list[Source], list[str]]:
     """The sources that `patterns` stand for, and warnings about what looks incomplete.
 
-    Raises RequestError for a pattern that matches nothing (unless `allow_empty`) or cannot be
-    listed.
+    What an earlier run made in `output` is left out of them, with a warning. Raises RequestError
+    for a pattern that matches nothing (unless `allow_empty`) or cannot be listed.
     """
     sources, warnings = [], []
+    output = output.rstrip("/")
     for pattern in patterns:
         if input_format == FAILURES:
-            output = files.absolute(pattern)
-            if not replay.count_failures(output) and not allow_empty:
+            failed = files.absolute(pattern)
+            if not replay.count_failures(failed) and not allow_empty:
                 raise RequestError(
                     f"--input {pattern}: nothing failed there; the run would be empty; "
                     "--allow_empty where that is expected"
                 )
-            sources.append(Source(output, FAILURES))
+            sources.append(Source(failed, FAILURES))
             continue
         try:
-            found = list(files.find(pattern))
+            listed = list(files.find(pattern))
+            found = [info for info in listed if not (output and _is_own(info.path, output))]
+            if own := len(listed) - len(found):
+                warnings.append(
+                    f"--input {pattern}: {own} of its files are what an earlier run wrote to "
+                    f"--output {output}; they are not read"
+                )
             if not found and not allow_empty:
                 raise RequestError(
                     f"--input {pattern}: matches nothing; the run would be empty; give another "
@@ -141,7 +168,7 @@ def survey(
             kind = detect_format(found) if input_format == "auto" else input_format
         except OSError as error:
             raise RequestError(f"--input {pattern}: cannot be read ({error})") from None
-        sources.append(Source(pattern, kind))
+        sources.append(Source(pattern, kind, output))
         if kind != IMAGES:
             warnings += _doubts(found)
     return sources, warnings
@@ -152,7 +179,7 @@ def known_counts(sources: Iterable[Source]) -> dict[str, int]:
     counts: dict[str, int] = {}
     lengths: dict[str, dict[str, list[int]]] = {}  # folder -> split -> records by shard
     for source in sources:
-        for info in files.find(source.pattern) if source.format == TFRECORD else ():
+        for info in _find(source) if source.format == TFRECORD else ():
             folder, _, name = info.path.rpartition("/")
             if folder not in lengths:
                 lengths[folder] = _shard_lengths(f"{folder}/dataset_info.json")
@@ -209,7 +236,7 @@ def _units_of(source: Source, keys: ExampleKeys, seen: set[str], listed: _Listed
         yield from _failed_units(source.pattern, keys)
         return
     fresh = []
-    for info in files.find(source.pattern):
+    for info in _find(source):
         if info.path not in seen:
             seen.add(info.path)
             fresh.append(info)
@@ -373,9 +400,7 @@ def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> Exa
     if sampled := sample(holding, count):
         found.append(example.infer_types(sampled, keys))
     for source in holding:
-        infos = itertools.islice(
-            (info for info in files.find(source.pattern) if info.size), _SAMPLED_FILES
-        )
+        infos = itertools.islice((info for info in _find(source) if info.size), _SAMPLED_FILES)
         if source.format == PARQUET:
             found += _parquet_types(infos, keys)
         elif source.format == WEBDATASET:

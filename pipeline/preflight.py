@@ -67,7 +67,9 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     before = _check_output(output, options.if_exists) if writes else None
     handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
-    sources, warnings = inputs.survey(options.input, options.input_format, options.allow_empty)
+    sources, warnings = inputs.survey(
+        options.input, options.input_format, options.allow_empty, output
+    )
     for warning in warnings:
         log.warning("%s", warning)
     keys = example.ExampleKeys(

@@ -596,6 +596,27 @@ def test_resume_adds_what_is_new_and_keeps_failures(tmp_path, job):
     assert_true_manifest(third)
 
 
+@pytest.mark.parametrize("if_exists", ["resume", "overwrite"])
+@pytest.mark.parametrize("pattern", [".", "**"])
+def test_an_output_inside_the_input_is_no_input(tmp_path, job, monkeypatch, pattern, if_exists):
+    folder = write_pictures(tmp_path / "in", different(2))
+    monkeypatch.chdir(folder)
+    job(pattern, output="out", max_failure_rate=1)
+    write_pictures(folder, {"new.jpg": jpeg(50, 50)})
+    again = job(pattern, output="out", if_exists=if_exists)
+    assert again.manifest["counts"] == {"images": 3, "features": 3, "failures": 0}
+    assert "earlier run wrote to --output" in again.stderr
+    assert "not read" in again.manifest["warnings"][0]
+
+
+def test_an_output_around_the_input_hides_none_of_it(tmp_path, job):
+    for name in ("features", "images"):
+        write_pictures(tmp_path / "out" / name, different(1))
+    ran = job(tmp_path / "out", tmp_path / "out" / "features", if_exists="resume")
+    assert ran.manifest["counts"]["features"] == 2
+    assert "earlier run wrote" not in ran.stderr
+
+
 def test_resume_knows_ids_in_other_shards(tmp_path, job):
     examples = [{"image/encoded": d, "id": n.encode()} for n, d in different(4).items()]
     job(write_tfrecord(tmp_path / "a-00000-of-00001", examples), id_key="id")

@@ -200,6 +200,31 @@ def test_warnings(tmp_path, contents, said):
         assert "\n" not in warning
 
 
+@pytest.mark.parametrize("place", ["/d/out", "gs://b/out", "s3://b/out"])
+def test_what_a_run_made_in_its_output_is_no_input(monkeypatch, place):
+    own = [
+        "manifest.json",
+        "_SUCCESS",
+        "features/part-1.parquet",
+        "_failed/r/failures/part-1.parquet",
+        "_failed/r/manifest.json",
+    ]
+    other = ["a.jpg", "features/b.jpg", "x/manifest.json", "x/features/part-1.parquet"]
+    listed = [files.FileInfo(f"{place}/{name}", 1) for name in (*own, *other)]
+    listed.append(files.FileInfo(f"{place}2/manifest.json", 1))
+    monkeypatch.setattr(files, "find", lambda pattern: iter(listed))
+    sources, warnings = survey([place], "images", False, place + "/")
+    (unit,) = list_units(sources, None)
+    assert [info.path for info in unit.files] == [info.path for info in listed[len(own) :]]
+    assert warnings == [
+        f"--input {place}: 5 of its files are what an earlier run wrote to --output {place}; they "
+        "are not read"
+    ]
+    listed[len(own) :] = []
+    with pytest.raises(RequestError, match="matches nothing"):
+        survey([place], "images", False, place)
+
+
 # ---------------------------------------------------------------- units
 
 
