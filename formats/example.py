@@ -43,8 +43,8 @@ def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
     A label that the sample lacks is int64. A column is a scalar where no sampled example holds more
     than one value, else a list; bytes are string where all are UTF-8, else binary. Where examples
     differ, the wider of int64, float and bytes counts, and `parse_examples` refuses what does not
-    convert. What does not parse is passed over. Raises ValueError, one line, for a float label and
-    for a column of which no sampled example has a value.
+    convert. What does not parse is passed over. Raises ValueError, one line, for a label that is a
+    float or has several values, and for a column of which no sampled example has a value.
     """
     names = [*keys.columns, *([keys.label] if keys.label else [])]
     values: dict[str, list[list[Any]]] = {name: [] for name in names}
@@ -60,6 +60,11 @@ def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
             raise ValueError(
                 f"the label feature {keys.label!r} is a float, a label is int64 or string: "
                 f"carry it along with --columns {keys.label}"
+            )
+        if (most := max(map(len, values[keys.label]))) > 1:
+            raise ValueError(
+                f"the label feature {keys.label!r} has up to {most} values, a label is one: carry "
+                f"them along with --columns {keys.label}"
             )
         if label == pa.binary():
             label = pa.string()

@@ -177,6 +177,11 @@ def _wider(name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
         return pa.float64()
     if {one, other} == {pa.string(), pa.binary()}:
         return pa.binary()
+    try:  # times of two units, say
+        pair = [pa.schema([(name, kind)]) for kind in (one, other)]
+        return pa.unify_schemas(pair, promote_options="permissive").field(name).type
+    except pa.ArrowTypeError:
+        pass
     raise ValueError(f"--columns {name}: {one} in one input and {other} in another")
 
 

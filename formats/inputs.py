@@ -383,21 +383,21 @@ def _of_readable(
 
 
 def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> ExampleTypes | None:
-    """The one type of label and of each column that the sources' first `count` records show.
+    """The one type of label and of each column that the first `count` records of each source show.
 
     None where no source can hold either. Raises ValueError, one line, for what cannot be had or
     differs between sources, and OSError.
     """
-    holding = [
-        source
-        for given in sources
-        for source in (_failed_sources(given, keys) if given.format == FAILURES else [given])
+    given = [
+        _failed_sources(source, keys) if source.format == FAILURES else [source]
+        for source in sources
         if source.format != IMAGES
     ]
+    holding = [source for group in given for source in group]
     if not holding:
         return None
     found = []
-    if sampled := sample(holding, count):
+    if sampled := [record for group in given for record in sample(group, count)]:
         found.append(example.infer_types(sampled, keys))
     for source in holding:
         infos = itertools.islice((info for info in _find(source) if info.size), _SAMPLED_FILES)
@@ -418,13 +418,23 @@ def _failed_sources(source: Source, keys: ExampleKeys) -> list[Source]:
 
 
 def _parquet_types(infos: Iterable[FileInfo], keys: ExampleKeys) -> list[ExampleTypes]:
-    def read(info: FileInfo) -> Iterator[ExampleTypes]:
+    """What each file's schema gives; one that lacks a column counts where all lack one."""
+
+    def read(info: FileInfo) -> Iterator[ExampleTypes | ValueError]:
         with SteadyStream(info.path, info.size) as stream:
             schema = parquet.read_schema(cast(BinaryIO, stream))
         if schema is not None:
-            yield parquet.infer_types(schema, info.path, keys)
+            try:
+                yield parquet.infer_types(schema, info.path, keys)
+            except ValueError as error:
+                yield error
 
-    return list(itertools.islice(_of_readable(infos, read), 1))
+    given = list(_of_readable(infos, read))
+    found = [types for types in given if not isinstance(types, ValueError)]
+    for error in given:
+        if isinstance(error, ValueError) and not found:
+            raise error
+    return found
 
 
 def _manifest_types(

@@ -435,6 +435,13 @@ def test_a_float_label_is_refused_in_one_line():
     assert infer_types([example({LABEL: [0.5]})], ExampleKeys(label=None)).label == pa.int64()
 
 
+def test_a_label_of_several_values_is_a_wrong_request():
+    examples = [example({LABEL: [1]}), example({LABEL: [1, 2, 3]})]
+    with pytest.raises(ValueError, match=f"has up to 3 values.*--columns {LABEL}"):
+        infer_types(examples, KEYS)
+    assert infer_types(examples, ExampleKeys(label=None)).label == pa.int64()
+
+
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [

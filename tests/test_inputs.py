@@ -357,6 +357,41 @@ def test_one_type_a_run_over_inputs_of_several_formats(tmp_path):
         infer_types(sources, keys, 9)
 
 
+def tables(folder, **columns):
+    for name, values in columns.items():
+        table = pa.table({"image": [b"x"] * len(values["label"]), **values})
+        pq.write_table(table, folder / f"{name}.parquet")
+    return [Source(str(folder), PARQUET)]
+
+
+def test_one_type_a_run_over_the_tables_of_one_input(tmp_path):
+    keys = ExampleKeys("image", None, "label", ("n", "when"))
+    seconds, nanos = pa.array([1], pa.timestamp("s")), pa.array([1], pa.timestamp("ns"))
+    sources = tables(
+        tmp_path,
+        a={"label": [1], "n": [1], "when": seconds},
+        b={"label": ["cat"], "n": [0.5], "when": nanos},
+        c={"label": [1]},  # its rows have null columns
+    )
+    assert infer_types(sources, keys, 9) == ExampleTypes(
+        pa.string(), {"n": pa.float64(), "when": pa.timestamp("ns")}
+    )
+    with pytest.raises(ValueError, match=r"--columns m: no such column in .*/a\.parquet"):
+        infer_types(sources, ExampleKeys("image", None, "label", ("m",)), 9)
+
+
+def test_each_input_is_sampled_for_types(tmp_path):
+    for name, label in (("a", 1), ("b", b"cat")):
+        stream = io.BytesIO()
+        for _ in range(3):
+            write_record(stream, serialize_example({"image": b"x", "label": label}))
+        (tmp_path / name).write_bytes(stream.getvalue())
+    sources = [Source(str(tmp_path / name), TFRECORD) for name in "ab"]
+    keys = ExampleKeys("image", None, "label")
+    assert infer_types(sources[:1], keys, 2) == ExampleTypes(pa.int64(), {})
+    assert infer_types(sources, keys, 2) == ExampleTypes(pa.string(), {})
+
+
 def test_a_unit_can_cross_a_shuffle():
     import pickle
 
