@@ -94,7 +94,7 @@ def _can_be_path(uri: str) -> bool:
 
 def shown(path: str) -> str:
     """`path` as text that any file can hold, without the credentials of an http(s) address."""
-    path = hide_in_url(path)
+    path = hide_in_url(path, apart=True)
     try:
         return utf8(path) or ""
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import re
 import urllib.parse
@@ -11,8 +12,13 @@ from collections.abc import Iterable
 
 _URL = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/?#]*@")
-_TELLING = r"sig|signature|token|secret|password|passwd|pwd|credential|auth|(?:api|access|^)_?-?key"
-_PARAMETER = re.compile(rf"(?<=[?&;])([^=&;#]*(?:{_TELLING})[^=&;#]*|key)=[^&;#]*", re.IGNORECASE)
+_PARAMETER = re.compile(r"(?<=[?&;])([^=&;#]+)=([^&;#]*)")
+_TELLING = re.compile(  # anywhere in a parameter's name
+    r"signature|token|secret|password|passwd|pwd|credential|(?:api|access)[_-]?key", re.IGNORECASE
+)
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_TELLING_WORDS = {"sig", "auth", "oauth", "authorization", "authkey", "key"}  # not design, author
+_MARKED = re.compile(r"\*{3}[0-9a-f]{8}")
 _SECRET_NAME = re.compile(r"secret|token|password|passwd|credential|connection_string", re.I)
 _SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|_KEY|CREDENTIALS?)$", re.IGNORECASE)
 _SHORTEST = 6  # characters of a value worth hiding: a shorter one is a part of many words
@@ -57,13 +63,31 @@ def hide(text: str) -> str:
     return text
 
 
-def hide_in_url(text: str) -> str:
-    """`text` without the credentials that its http(s) addresses hold."""
-    return _URL.sub(_bare, text) if "://" in text else text
+def hide_in_url(text: str, apart: bool = False) -> str:
+    """`text` without the credentials that its http(s) addresses hold.
+
+    With `apart` two addresses that differ in a parameter `key` stay two: it may be a credential or
+    the name of a picture, and 8 digits of its SHA-256 take its place. Others are renewed from day
+    to day (signatures), while the picture is the same.
+    """
+
+    def hidden(parameter: re.Match[str]) -> str:
+        name, value = parameter.groups()
+        if not _is_telling(name) or _MARKED.fullmatch(value):
+            return parameter[0]
+        mark = hashlib.sha256(value.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+        return f"{name}=***{mark if apart and name.lower() == 'key' else ''}"
+
+    def bare(url: re.Match[str]) -> str:
+        return _PARAMETER.sub(hidden, _USER.sub("***@", url[0], count=1))
+
+    return _URL.sub(bare, text) if "://" in text else text
 
 
-def _bare(match: re.Match[str]) -> str:
-    return _PARAMETER.sub(r"\1=***", _USER.sub("***@", match[0], count=1))
+def _is_telling(name: str) -> bool:
+    """Whether a parameter of this name holds a credential, or may."""
+    words = {word.lower() for word in _WORD.findall(name)}
+    return bool(_TELLING.search(name) or words & _TELLING_WORDS)
 
 
 def _in_environment() -> set[str]:

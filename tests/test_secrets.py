@@ -16,6 +16,7 @@ import servers
 from apache_beam.transforms.display import DisplayData
 from pictures import jpeg
 
+from formats.listing import shown
 from models.export import write_archive
 from pipeline import graph, preflight
 from pipeline.options import parse
@@ -48,12 +49,27 @@ def nothing_known(monkeypatch):
         ("https://h/m?api_key=x&apikey=y&key=z", "https://h/m?api_key=***&apikey=***&key=***"),
         ("https://h/m?AWSAccessKeyId=x&Expires=1", "https://h/m?AWSAccessKeyId=***&Expires=1"),
         ("https://h/m?keyword=tree&monkey=1", "https://h/m?keyword=tree&monkey=1"),
+        ("https://h/m?author=bob&design=7&signal=3", "https://h/m?author=bob&design=7&signal=3"),
+        ("https://h/m?accesstoken=x&authToken=y", "https://h/m?accesstoken=***&authToken=***"),
+        ("https://h/m?apiKey=x;KEY=y&keys=1", "https://h/m?apiKey=***;KEY=***&keys=1"),
+        ("https://h/m?x.auth=x&oauth=y&Sig=z", "https://h/m?x.auth=***&oauth=***&Sig=***"),
+        ("https://h/m?awsaccesskeyid=x&sub-key=y", "https://h/m?awsaccesskeyid=***&sub-key=***"),
         ("s3://bucket/a@b?token=x", "s3://bucket/a@b?token=x"),  # a key of a store, no address
     ],
 )
 def test_hide(text, hidden):
     assert secrets.hide(text) == hidden
     assert secrets.hide(hidden) == hidden
+
+
+def test_addresses_that_differ_in_a_key_stay_two_and_those_of_another_signature_one():
+    first, second = (shown(f"https://h/get?key=photo{n}&n=1") for n in (1, 2))
+    assert first != second
+    assert "photo" not in first + second
+    assert shown(first) == first == shown("https://h/get?key=photo1&n=1")
+    assert secrets.hide(f"at {first}: gone") == f"at {first}: gone"
+    signed = {shown(f"https://u:p{n}@h/a.jpg?Signature={n}&token={n}") for n in (1, 2)}
+    assert signed == {"https://***@h/a.jpg?Signature=***&token=***"}
 
 
 @pytest.mark.parametrize(
