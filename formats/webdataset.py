@@ -54,7 +54,8 @@ def read_images(
 ) -> Iterator[Found | Damage]:
     """The images of a tar in order, with a Damage for what ends it before its time.
 
-    `index` counts images; a sample without one counts too, and tells so. The default image key
+    `index` counts images; a sample without one counts too, and tells so, as does a tar that has
+    members and no sample. The default image key
     means any member with an image's extension, another one the member of that extension. A value
     is the sample's name for `__key__`, else the text of the member with that extension, else a
     field of the member `json`; the default label key means `cls`. Members over `max_image_bytes`
@@ -73,6 +74,7 @@ def read_images(
     layout = _Layout(keys, max_image_bytes)
     sample: _Sample | None = None
     index = 0
+    outside, first = 0, ""  # members that belong to no sample
     items = _walk(source, head, layout.wants)
     while True:
         dead = None
@@ -82,6 +84,8 @@ def read_images(
             item, dead = None, error
         named = _split(item.name) if isinstance(item, _Member) else None
         if isinstance(item, _Member) and named is None:
+            if not _META.match(item.name.removeprefix("./")):
+                outside, first = outside + 1, first or item.name[-100:]
             continue
         if sample is not None and (named is None or not sample.takes(*named)):
             # Where the tar breaks off inside a sample, that one place is told of once.
@@ -100,6 +104,12 @@ def read_images(
         elif dead:
             raise dead
         else:
+            if outside and not index:
+                message = (
+                    f"none of {outside} members belongs to a sample, which takes a name with an "
+                    f"extension; the first is {first!r}"
+                )
+                yield Found(0, None, {}, ImageError("MissingFeature", message))
             return
 
 

@@ -112,6 +112,15 @@ def test_a_sample_without_an_image_is_told():
     assert items[0].error.message == "sample 'a' has no image; it has cls, npy"
 
 
+def test_a_tar_of_members_and_no_sample_is_told():
+    (found,) = read(tar(("d/one", b"x"), ("d/two", b"y"), ("__meta__/a.txt", b"z")))
+    assert (found.index, found.data, found.error.error_class) == (0, None, "MissingFeature")
+    assert "none of 2 members belongs to a sample" in found.error.message
+    assert "the first is 'd/one'" in found.error.message
+    assert shape(read(tar(("README", b"x"), *sample(1)))) == [(0, b"picture 1")]
+    assert read(tar(("__meta__/a.txt", b"z"))) == []
+
+
 def test_what_cannot_be_an_image_is_told():
     link = tarfile.TarInfo("b.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
