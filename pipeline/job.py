@@ -42,8 +42,13 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         if options.dry_run:
             preflight.try_one_image(plan)
             return summary(plan.publication.output, DRY_RUN, None, started)
+    except RequestError:
+        raise
     except (RunError, OSError, pa.ArrowException) as error:
         raise RequestError(failure_line(error)) from error
+    except Exception as error:  # a fault of ours or of a store's client, whose text needs hiding
+        output = None if options.sink == "null" else files.absolute(options.output)
+        return failed(output, error, started)
     waited = dataflow.is_waited_for(beam_args)
     try:
         result = run_graph(plan, beam_args)
@@ -60,12 +65,17 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
-        files.NewFile.abandon_all()  # a runner need not tear down the bundle that failed
-        log.error("%s", failure_line(error))
-        return summary(plan.publication.output, FAILED, None, started)
+        return failed(plan.publication.output, error, started)
     finally:
         if plan.finished and waited:  # else the job reads it yet, and its commit removes it
             files.delete([plan.finished])
+
+
+def failed(output: str | None, error: BaseException, started: float) -> dict[str, Any]:
+    """The JSON line of a run that `error` ended, which is logged."""
+    files.NewFile.abandon_all()  # a runner need not tear down the bundle that failed
+    log.error("%s", failure_line(error))
+    return summary(output, FAILED, None, started)
 
 
 def _advise(output: str) -> None:

@@ -22,7 +22,7 @@ from reference_weights import images
 from formats.example import serialize_example
 from formats.image import Preprocessing, decode_image
 from formats.tfrecord import write_record
-from pipeline import verify
+from pipeline import preflight, verify
 
 ROOT = Path(__file__).parents[1]
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -751,6 +751,19 @@ def test_a_dry_run_leaves_no_trace(tmp_path, job):
     assert not ran.output.exists()
     bad = write_pictures(tmp_path / "bad", {"a.jpg": b"nothing"})
     assert job(bad, dry_run=True).code == 2
+
+
+def test_a_fault_before_the_graph_is_one_line_and_the_json(tmp_path, job, monkeypatch):
+    def boom(*args):
+        raise LookupError("at https://h/m?token=s3cret\nsecond line")
+
+    monkeypatch.setattr(preflight.inputs, "survey", boom)
+    ran = job(write_pictures(tmp_path / "in", different(1)))
+    assert (ran.code, ran.line["status"]) == (1, "failed")
+    assert ran.line["output"] == str(tmp_path / "out")
+    assert "LookupError: at https://h/m?token=*** second line" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "s3cret" not in ran.stderr
 
 
 def test_wrong_flags_are_told_without_traceback_by_the_process(tmp_path):
