@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import random
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
 
 from storage import files
 
-TRIES = 3
-FIRST_WAIT = 0.2  # seconds before the second try, twice that before the third
+TRIES, REMOTE_TRIES = 3, 6  # a store's mood may last some seconds
+FIRST_WAIT = 0.2  # seconds before the second try at most, twice that before the third, ...
+_LONGEST_WAIT = 30  # seconds that a server may ask for (Retry-After)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _CODES = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
 
@@ -28,13 +30,14 @@ class ShortRead(OSError):
 def attempt(
     function: Callable[[], Result], path: str, on_retry: Callable[[], None] = ignore
 ) -> Result:
-    """`function()`, which reads at `path`, up to `TRIES` times; `on_retry` is called between.
+    """`function()`, which reads at `path`, up to `TRIES` times, `REMOTE_TRIES` at an address.
 
+    `on_retry` is called between, and some time let pass: up to 6 s in all, or as a server asks.
     Raises OSError: at once where another try would change nothing (FileNotFoundError,
     PermissionError, a folder), else after the last one.
     """
     wait = FIRST_WAIT
-    for further in reversed(range(TRIES)):
+    for further in reversed(range(REMOTE_TRIES if "://" in path else TRIES)):
         try:
             return function()
         except Exception as raised:
@@ -45,10 +48,18 @@ def attempt(
                 if error is raised:
                     raise
                 raise error from raised
+            asked = _asked(raised)
         on_retry()
-        time.sleep(wait)
+        # Workers that a store refused at once should not all come back at once.
+        time.sleep(max(asked, random.uniform(wait / 2, wait)))
         wait *= 2
     raise AssertionError("the last try returns or raises")
+
+
+def _asked(error: Exception) -> int:
+    """The seconds that a server's refusal asks to wait, 0 where it does not."""
+    told = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
+    return min(int(told), _LONGEST_WAIT) if told.isdecimal() else 0
 
 
 def _told(path: str, error: Exception) -> OSError | None:

@@ -14,8 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import extract
+from storage import steady
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch):
+    """Nothing is waited for between two tries."""
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
 
 
 @dataclass

@@ -16,8 +16,10 @@ DATA = np.random.default_rng(0).bytes(5000)
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """The seconds that were waited, without waiting."""
+    """The seconds that were waited, without waiting, and without chance."""
     waited = []
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0.2)
+    monkeypatch.setattr(steady.random, "uniform", lambda low, high: high)
     monkeypatch.setattr(steady.time, "sleep", waited.append)
     return waited
 
@@ -103,9 +105,33 @@ def test_a_stores_own_words_for_missing_and_forbidden(store, waits, code, kind):
 def test_a_store_that_raises_classes_of_its_own_is_tried_again(store):
     store.errors = [coded(503)]
     assert read_bytes("gs://b/a") == DATA
-    store.errors = [coded(503)] * 3
+    store.errors = [coded(503)] * 6
     with pytest.raises(OSError, match="gs://b/a: no"):
         read_bytes("gs://b/a")
+
+
+def test_a_store_is_tried_for_seconds_with_growing_waits(store, waits):
+    store.errors = [coded(503)] * 5
+    assert read_bytes("gs://b/a") == DATA
+    assert waits == [0.2, 0.4, 0.8, 1.6, 3.2]
+
+
+def test_waits_differ_by_chance(monkeypatch, store, waits):
+    monkeypatch.setattr(steady.random, "uniform", lambda low, high: low)
+    store.errors = [coded(503)] * 2
+    assert read_bytes("gs://b/a") == DATA
+    assert waits == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("told", "waited"), [("2", 2), ("9999", 30), ("0", 0.2), ("Wed, 21 Oct", 0.2), (None, 0.2)]
+)
+def test_a_server_may_ask_for_a_wait(store, waits, told, waited):
+    error = OSError("busy")
+    error.headers = {"Retry-After": told} if told else {}
+    store.errors = [error]
+    assert read_bytes("https://h/a") == DATA
+    assert waits == [waited]
 
 
 def test_a_fault_of_ours_is_no_transient_error(store):
