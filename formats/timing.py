@@ -23,9 +23,9 @@ class Timing:
 
     `images` were decoded or refused, of `bytes` encoded; `decoded` counts them by `bucket`.
     `batches` held `filled` images in `slots` places; `reused` images had the bytes of another one,
-    whose vectors were taken. All else is in seconds: `decode` of the
-    threads or processes that decode, the others of the threads that carry images; `carry` is all of
-    their time.
+    whose vectors were taken; `retries` are reads of input that were tried again. All else is in
+    seconds: `decode` of the threads or processes that decode, the others of the threads that carry
+    images; `carry` is all of their time.
     """
 
     images: int = 0
@@ -40,6 +40,7 @@ class Timing:
     slots: int = 0
     inference: float = 0.0
     reused: int = 0
+    retries: int = 0
 
     @classmethod
     def of_decoding(
@@ -89,6 +90,7 @@ class Timing:
                 "up_to": self.up_to(),
             },
             "read_ms": _ms(self.read),
+            "retries": self.retries,
             "wait_ms": _ms(self.wait),
             "inference_ms": _ms(self.inference),
             "carry_ms": _ms(self.carry),

@@ -90,7 +90,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         | "AllFailures" >> beam.Flatten()
         | WriteFailures(*to, plan.metadata, run.compression)
     )
-    timings = (decoded.timings, extracted.timings) | "AllTimings" >> beam.Flatten()
+    timings = (read.timings, decoded.timings, extracted.timings) | "AllTimings" >> beam.Flatten()
     _ = (
         (features, failures)
         | "AllFiles" >> beam.Flatten()

@@ -23,6 +23,7 @@ from formats.example import serialize_example
 from formats.image import Preprocessing, decode_image
 from formats.tfrecord import write_record
 from pipeline import preflight, verify
+from storage import files
 
 ROOT = Path(__file__).parents[1]
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -159,6 +160,21 @@ def test_the_manifest_tells_where_the_time_went_and_stderr_what_would_mend_it(tm
     assert min(timing["read_ms"], timing["wait_ms"], timing["carry_ms"]) >= 0
     assert ran.stderr.count("the model ran") == 1
     assert "too short a run for advice" in ran.stderr
+
+
+def test_the_manifest_counts_what_was_read_again(tmp_path, job, monkeypatch):
+    folder = write_pictures(tmp_path / "in", different(3))
+    read_bytes, failed = files.read_bytes, set()
+
+    def flaky(path):
+        if path.endswith(("0.jpg", "1.jpg")) and path not in failed:
+            failed.add(path)
+            raise OSError("try again")
+        return read_bytes(path)
+
+    monkeypatch.setattr(files, "read_bytes", flaky)
+    ran = job(folder)
+    assert (ran.line["features"], ran.manifest["timing"]["retries"]) == (3, 2)
 
 
 def test_what_was_not_read_is_not_timed(tmp_path, job):

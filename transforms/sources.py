@@ -21,6 +21,7 @@ from formats.inputs import Source, Unit
 from formats.listing import Entry
 from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
 from formats.table import utf8
+from formats.timing import Timing
 from storage import files, steady, web
 from storage.errors import RunError
 from storage.files import FileInfo
@@ -282,6 +283,7 @@ class _ReadUnits(beam.DoFn):
                 yield item
         if retries:
             inc_counter("ReadImages", "retries", len(retries))
+            yield beam.pvalue.TaggedOutput("timings", Timing(retries=len(retries)))
         if skipped:
             yield beam.pvalue.TaggedOutput("skipped", skipped)
 
@@ -314,7 +316,8 @@ class _ReadUnits(beam.DoFn):
 
 
 class ReadImages(beam.PTransform):
-    """Sources -> `images` (ImageRecord), `failures` (Failure) and `skipped` (int: how many).
+    """Sources -> `images` (ImageRecord), `failures` (Failure), `skipped` (int: how many) and
+    `timings` (Timing).
 
     `finished`: path of the digests of what earlier runs finished (see `Finished`), or None.
     Only names cross the shuffle; every object is read whole, once.
@@ -327,13 +330,13 @@ class ReadImages(beam.PTransform):
         self._finished = finished
 
     def expand(self, sources: beam.PCollection[list[Source]]) -> Any:
-        """A PCollection of one list of sources -> the three outputs."""
+        """A PCollection of one list of sources -> the four outputs."""
         return (
             sources
             | "ListUnits" >> beam.FlatMap(inputs.list_units, self._limit, self._how.keys)
             | "Spread" >> beam.Reshuffle()
             | "ReadUnits"
             >> beam.ParDo(_ReadUnits(self._how, self._finished)).with_outputs(
-                "failures", "skipped", main="images"
+                "failures", "skipped", "timings", main="images"
             )
         )
