@@ -291,6 +291,27 @@ def test_exif_that_raises_does_not_cost_the_picture():
     assert decode_image(data, Preprocessing(8))[1:] == (40, 28)
 
 
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("chunk", ["icc", "compressed text", "text"])
+def test_a_png_may_hold_megabytes_beside_its_pixels(chunk):
+    def png(size, count=1):
+        text = PngImagePlugin.PngInfo()
+        for _ in range(count if chunk != "icc" else 0):
+            text.add_text("Comment", "x" * size, zip=chunk == "compressed text")
+        icc = bytes(size) if chunk == "icc" else None
+        return pictures.encode(pictures.photo(), "PNG", pnginfo=text, icc_profile=icc)
+
+    assert decode_image(png(3 * MIB), Preprocessing(8))[1:] == (40, 28)
+    # What unpacks to more than a bound is not unpacked further.
+    too_many = {"icc": (17 * MIB, 1), "compressed text": (17 * MIB, 1), "text": (13 * MIB, 5)}
+    with pytest.raises(ImageError) as caught:
+        decode_image(png(*too_many[chunk]), Preprocessing(8))
+    assert caught.value.error_class == "CorruptImage"
+    assert "too large" in caught.value.message.lower() or "too much" in caught.value.message.lower()
+
+
 def test_a_damaged_byte_of_exif_does_not_cost_the_jpeg():
     data = pictures.oriented(6, "JPEG")
     start = data.index(b"Exif")
