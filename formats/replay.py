@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from formats import dataset
 from formats.dataset import FAILURES, FEATURES
 from storage import files
 from storage.errors import RequestError
+
+_DATA = re.compile(rf"({FEATURES}|{FAILURES})/part-[^/]*\.parquet")
 
 
 @dataclass(slots=True)
@@ -35,6 +38,12 @@ def manifest_of(output: str) -> Mapping[str, Any]:
             f"--input {output}: no output of this program (it has no manifest.json); "
             "--input_format failures takes the directory that a run wrote to"
         )
+    for entry in manifest["files"]:
+        if not _DATA.fullmatch(entry["path"]):  # which could lead out of the output
+            raise RequestError(
+                f"--input {output}: its manifest names {entry['path'][:200]!r}, which is no data "
+                "file of an output, so that nothing in it can be trusted"
+            )
     return manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def again(output, keys=None, limit=None):
                 item.ref.key if isinstance(item, ImageRecord) else (item.key, item.error_class)
             )
     return rows
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["failures/../../other/failures/part-1.parquet", "/d/part-1.parquet", "failures/x.parquet"],
+)
+def test_a_manifest_that_leads_out_of_its_output_is_a_wrong_request(tmp_path, path):
+    out = output_of(tmp_path / "out", [("/d/a", "/d/a", None, "decode", "CorruptImage")])
+    manifest = tmp_path / "out" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["files"][0]["path"] = path
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(RequestError, match="is no data file of an output"):
+        again(out)
 
 
 def write_tfrecord(path: Path, count: int) -> list[int]:
