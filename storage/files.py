@@ -298,8 +298,12 @@ class NewFile:
         with _beam().create(
             self.path, "application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
         ) as target:
-            while chunk := self._handle.read(_COPY_BYTES):
-                target.write(chunk)
+            try:
+                while chunk := self._handle.read(_COPY_BYTES):
+                    target.write(chunk)
+            except BaseException:
+                _spoil(target)
+                raise
 
     def abort(self) -> None:
         """Forget the file; nothing appears."""
@@ -336,6 +340,26 @@ class NewFile:
     def forget(cls, path: str) -> None:
         """Take back `track`: what lay there is gone, or stays."""
         cls._open.discard(path)
+
+
+class _Nowhere:
+    """Takes an upload's bytes and does nothing."""
+
+    def put(self, data: Any) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+def _spoil(target: Any) -> None:
+    """Keep a stream to s3:// from publishing what came so far when it is closed.
+
+    One to gs:// is cancelled by leaving its `with` with an error.
+    """
+    raw: Any = getattr(target, "raw", None)
+    if hasattr(raw, "_uploader"):
+        raw._uploader = _Nowhere()
 
 
 def _make_folder(folder: str) -> None:

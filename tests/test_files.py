@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import io
 import os
@@ -252,6 +253,34 @@ def test_a_file_in_a_store_appears_on_close_alone(store):
     assert files.read_bytes("gs://b/y") == b"all"
     files.delete(["gs://b/y", "gs://b/y-gone"])
     assert "gs://b/y" not in store.objects
+
+
+def test_an_upload_to_s3_that_fails_half_way_is_never_completed(store, monkeypatch):
+    from apache_beam.io.filesystemio import UploaderStream
+
+    class Uploader:  # as Beam's S3Uploader: finish completes whatever parts there are
+        def __init__(self):
+            self.parts = []
+
+        def put(self, data):
+            if self.parts:
+                raise OSError("cut")
+            self.parts.append(bytes(data))
+
+        def finish(self):
+            store.objects["gs://b/cut"] = b"".join(self.parts)
+
+    def create(*args, **options):
+        return io.BufferedWriter(UploaderStream(Uploader()), 1)
+
+    monkeypatch.setattr(store, "create", create)
+    monkeypatch.setattr(files, "_COPY_BYTES", 3)
+    file = NewFile("gs://b/cut")
+    file.write(b"abcdef")
+    with pytest.raises(OSError, match="cut"):
+        file.close()
+    gc.collect()
+    assert "gs://b/cut" not in store.objects
 
 
 def test_check_writable_of_a_store(store):
