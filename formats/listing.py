@@ -45,7 +45,8 @@ def is_listing(head: bytes, path: str) -> bool:
     """Whether a file that begins with `head`, its first row, names images: the row has a `uri`."""
     try:
         if path.lower().endswith(CSV_ENDINGS):
-            return URI in next(csv.reader(io.StringIO(_first_line(head), newline="")), [])
+            header = next(csv.reader(io.StringIO(_first_line(head), newline="")), [])
+            return URI in map(str.strip, header)
         return URI in json.loads(_first_line(head))
     except (csv.Error, ValueError, TypeError, RecursionError):
         return False
@@ -120,16 +121,20 @@ def _csv_rows(stream: BinaryIO, path: str) -> Iterator[dict[str, Any] | _Wrong]:
     header = next(reader, None)
     if header is None:
         return
+    header = [name.strip() for name in header]
     if URI not in header:
         told = ", ".join(header)[:200]
         raise ValueError(f"{path}: a manifest names images in a column {URI!r}; it has {told}")
     while True:
+        before = reader.line_num
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield "BadRow", f"line {reader.line_num}: {error}"
+            lines = reader.line_num - before
+            lost = f"; {lines} lines from {before + 1} on are lost" if lines > 1 else ""
+            yield "BadRow", f"line {reader.line_num}: {error}{lost}"
             continue
         if len(cells) == len(header):
             yield {n: None if c == "" and n != URI else c for n, c in zip(header, cells)}  # noqa: B905

@@ -100,6 +100,19 @@ def test_a_row_that_is_wrong_is_told_and_the_next_one_read(text, path, told):
     assert fine.key == "ok.jpg"
 
 
+def test_names_in_a_header_of_csv_may_stand_between_spaces():
+    (entry,) = entries("label, uri ,n\ncat,a.jpg,1\n", names=("label", "n"))
+    assert (entry.key, entry.values) == ("a.jpg", {"label": "cat", "n": "1"})
+    assert listing.is_listing(b"label, uri ,n\n", "/d/a.csv")
+
+
+def test_an_open_quote_tells_how_many_lines_it_took():
+    *whole, lost = entries('uri\na.jpg\n"b.jpg\n' + "c.jpg\n" * 40)
+    assert [entry.key for entry in whole] == ["a.jpg"]
+    assert lost.wrong[0] == "BadRow"
+    assert "41 lines from 3 on are lost" in lost.wrong[1]
+
+
 def test_a_csv_without_the_column_is_refused():
     with pytest.raises(
         ValueError, match=r"/d/list.csv: a manifest names .* 'uri'; it has url, label"
