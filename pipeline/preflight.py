@@ -313,6 +313,8 @@ def _types(sources: Sequence[inputs.Source], keys: example.ExampleKeys) -> examp
         raise RequestError(
             f"--columns {','.join(keys.columns)}: image files have no features to carry"
         )
+    if types is None and keys.id:
+        log.warning("--id_key %s: image files have no features; keys are their paths", keys.id)
     return types or example.ExampleTypes(pa.int64(), {})
 
 

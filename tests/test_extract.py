@@ -760,6 +760,12 @@ def test_an_empty_input_can_be_allowed(tmp_path, job):
     assert_true_manifest(ran)
 
 
+def test_an_id_key_of_image_files_is_told_to_do_nothing(tmp_path, job):
+    ran = job(write_pictures(tmp_path / "in", different(1)), id_key="id", dry_run=True)
+    assert ran.code == 0
+    assert "--id_key id: image files have no features" in ran.stderr
+
+
 def test_a_dry_run_leaves_no_trace(tmp_path, job):
     folder = write_pictures(tmp_path / "in", different(2))
     ran = job(folder, dry_run=True)
