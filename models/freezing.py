@@ -83,7 +83,7 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
     size = _image_size(directory, shape, hints, _attached_size(proto) if kind == HUB_V1 else None)
     image, found = _at_size(graph, inputs, function.outputs, size)
     named = dict(zip(tensors, found, strict=True))
-    outputs = named if set(named) <= set(HUB_V1_SIGNATURES) else _roles(directory, named)
+    outputs = named if set(named) == {EMBEDDING, LOGITS} else _roles(directory, named)
     for role, tensor in outputs.items():
         if not _is_vector(tensor):
             raise ModelError(f"--model {directory}: its {role} is no vector, but {tensor.shape}")
@@ -212,24 +212,26 @@ def _roles(directory: str, named: Mapping[str, tf.Tensor]) -> dict[str, tf.Tenso
     """Which tensor is the embedding and which the logits.
 
     Where names do not tell: what a last dense layer (or 1x1 convolution) makes, and what goes into
-    a softmax, is logits, and what goes into that layer is the embedding; any other vector is an
-    embedding.
+    a softmax, is logits, and what goes into that layer, of named logits too, is the embedding; any
+    other vector is an embedding.
     """
     vectors = {name: tensor for name, tensor in named.items() if _is_vector(tensor)}
     if not vectors:
         shapes = ", ".join(f"{name} {t.shape}" for name, t in named.items())
         raise ModelError(f"--model {directory}: no output is one vector an image ({shapes})")
     found = {name: vectors[name] for name in (EMBEDDING, LOGITS) if name in vectors}
-    for tensor in vectors.values():
+    for name, tensor in vectors.items():
+        if name == EMBEDDING:  # also where a dense layer made it
+            continue
         before_softmax = _softmax_input(tensor)
         logits = tensor if before_softmax is None else before_softmax
         features = _dense_input(logits)
-        if features is None and before_softmax is None:
-            found.setdefault(EMBEDDING, tensor)
-        else:
+        if features is not None or before_softmax is not None:
             found.setdefault(LOGITS, logits)
-            if EMBEDDING not in vectors and features is not None:
-                found.setdefault(EMBEDDING, features)
+        elif name != LOGITS:
+            features = tensor
+        if features is not None:
+            found.setdefault(EMBEDDING, features)
     return {name: found[name] for name in (EMBEDDING, LOGITS) if name in found}
 
 

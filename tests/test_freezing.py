@@ -249,6 +249,16 @@ OUTPUTS = {
         lambda x: {"a": pooled(x), "b": dense(trunk(x))},
         {"embedding": POOLED, "logits": LOGITS},
     ),
+    "logits named alone": (lambda x: {"logits": dense(trunk(x))}, BOTH),
+    "logits named alone, of no dense layer": (lambda x: {"logits": pooled(x)}, {"logits": POOLED}),
+    "an embedding named alone, of a dense layer": (
+        lambda x: {"embedding": dense(trunk(x))},
+        {"embedding": LOGITS},
+    ),
+    "an embedding named, of a dense layer, beside logits that are not": (
+        lambda x: {"embedding": dense(trunk(x)), "zzz": tf.nn.softmax(pooled(x))},
+        {"embedding": LOGITS, "logits": POOLED},
+    ),
 }
 
 
@@ -397,6 +407,22 @@ def test_a_module_of_the_default_signature_alone(tmp_path):
     got = model(PIXELS)
     assert close(got["embedding"], TRUNK)
     assert close(got["logits"], LOGITS)
+
+
+def test_a_module_of_classification_alone(tmp_path):
+    names = {"image_classification": "image_classification"}
+    got = loaded(save_module(tmp_path / "m", names=names))(PIXELS)
+    assert list(got) == ["embedding", "logits"]
+    assert close(got["embedding"], TRUNK)
+    assert close(got["logits"], LOGITS)
+
+
+def test_a_module_of_features_alone(tmp_path):
+    """Its last layer is dense, and its vectors are the embedding all the same."""
+    names = {"image_feature_vector": "image_feature_vector"}
+    got = loaded(save_module(tmp_path / "m", names=names))(PIXELS)
+    assert list(got) == ["embedding"]
+    assert close(got["embedding"], TRUNK)
 
 
 def test_a_module_without_image_signatures(tmp_path):

@@ -44,6 +44,20 @@ def test_the_embedding_of_a_classifier_is_that_of_the_feature_vector_module(form
     assert worst(both["embedding"], alone["embedding"]) < 2e-6
 
 
+def test_an_embedding_lies_before_an_output_that_is_called_logits(tmp_path):
+    """As the hub's TF2 classifiers of other networks call it."""
+    model = tf.saved_model.load(exports.exported("saved_model", "classification"))
+    spec = tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32)
+    serve = tf.function(lambda inputs: {"logits": model(inputs)}, input_signature=[spec])
+    tf.saved_model.save(model, str(tmp_path / "m"), {"serving_default": serve})
+    pixels = uint8_pictures(SIZE)
+    got = load(LoadSpec(str(tmp_path / "m")))(pixels)
+    wanted = load(LoadSpec(exports.exported("saved_model", "classification")))(pixels)
+    assert list(got) == ["embedding", "logits"]
+    for name, vectors in wanted.items():
+        assert worst(got[name], vectors) < 2e-6
+
+
 def test_the_fingerprint_is_of_graph_and_weights_alone(tmp_path):
     original = exports.exported("saved_model", "classification")
     fingerprint = load(LoadSpec(original)).info.fingerprint
