@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from models.catalog import FORMATS, HEADS, NETWORKS
 from pipeline.beam_flags import BEAM_FLAGS
 from pipeline.options import OneLineParser, value_range_of
-from storage import files
+from storage import files, reach
 from storage.errors import RequestError
 from storage.secrets import hide
 
@@ -116,6 +116,12 @@ def _check_free(flag: str, path: str) -> None:
         raise RequestError(f"{flag} {path}: something is there already; give another")
 
 
+def _check_reached(*places: str) -> None:
+    for place in places:
+        if not place.startswith(("http://", "https://")):  # fetching has its own bound
+            reach.check(place)
+
+
 def export(request: argparse.Namespace) -> None:
     """Write the model directory that `request` asks for. Raises RequestError."""
     if request.ema and not request.checkpoint:
@@ -153,6 +159,7 @@ def inspect(request: argparse.Namespace) -> None:
     """
     from models import handles
 
+    _check_reached(request.model)
     directory = handles.resolve(request.model, request.model_sha256)
     from models.loading import look, unsafe_operations
 
@@ -171,6 +178,7 @@ def prepare(request: argparse.Namespace) -> None:
     from models import handles
 
     output = files.absolute(request.output)
+    _check_reached(request.model, output)
     handles.resolve(request.model, request.model_sha256)
     _check_free("--output", output)
     files.check_writable(output)

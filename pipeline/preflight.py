@@ -63,7 +63,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         )
     stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
     for path in stores.values():
-        _check_reached(path)
+        reach.check(path)
     before = _check_output(output, options.if_exists) if writes else None
     handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
@@ -270,14 +270,6 @@ def _check_beam_flags(beam_args: Sequence[str]) -> None:
         raise RequestError(f"--runner {standard.runner}: {error}") from None
     if problems:
         raise RequestError(problems[0])
-
-
-def _check_reached(path: str) -> None:
-    """Raise RequestError unless the store of `path` answers, if only by an error: that is told by
-    what is checked next, which knows its flag.
-    """
-    with contextlib.suppress(OSError):
-        reach.soon(path, lambda: files.occupied(path))
 
 
 def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:

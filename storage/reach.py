@@ -83,3 +83,11 @@ def soon(path: str, call: Callable[[], Result]) -> Result:
             "credentials and Beam's flags for them (see --help)"
         )
     return results[0]
+
+
+def check(path: str) -> None:
+    """Raise RequestError unless the store of `path` answers, if only by an error: that is told by
+    what is asked of it next, which knows its flag.
+    """
+    with contextlib.suppress(OSError):
+        soon(path, lambda: files.occupied(path))

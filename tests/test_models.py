@@ -20,7 +20,7 @@ from models.handles import resolve
 from models.loading import LoadSpec, load
 from models.networks import is_trainable, variable_shapes
 from pipeline import models
-from storage import files
+from storage import files, reach
 
 WIDTHS = {"classification": {"embedding": 48, "logits": 11}, "feature_vector": {"embedding": 48}}
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
@@ -298,6 +298,25 @@ def test_an_altered_prepared_model_is_refused(damage, prepared, refused, job, tm
 def store(request):
     with servers.STORES[request.param]() as running:
         yield running
+
+
+@pytest.mark.parametrize("scheme", servers.STORES)
+@pytest.mark.parametrize("place", ["inspect", "prepare", "prepare --output"])
+def test_an_address_at_which_nobody_listens(scheme, place, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(reach, "PATIENCE", 5.0)  # Google's client says nothing while it tries
+    address, uri = servers.nobody(), f"{scheme}://bucket/model"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    flags = [f"--s3_endpoint_url={address}", "--s3_region_name=us-east-1", "--no_auth"]
+    flags += ["--s3_access_key_id=a", "--s3_secret_access_key=b-secret"]
+    argv = {
+        "inspect": ["inspect", uri],
+        "prepare": ["prepare", uri, "--output", tmp_path / "out"],
+        "prepare --output": ["prepare", tmp_path, "--output", uri],
+    }
+    line = refused(*argv[place], *flags)
+    assert f"{uri}: the store does not answer (" in line
+    assert "b-secret" not in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.engines
