@@ -26,6 +26,7 @@ from transforms.sources import ReadImages, Reading
 class Plan:
     """Everything that is decided before the graph is built; `started` in seconds since 1970.
 
+    `fingerprint`: the model's, which the manifest will tell and every worker holds its own against.
     `isolation`: what decoding may take in processes of its own; None: it happens in threads.
     `accelerator`: Beam's resource hint of the steps that run the model, None for none.
     """
@@ -37,6 +38,7 @@ class Plan:
     preprocessing: Preprocessing
     isolation: Limits | None
     model: LoadSpec
+    fingerprint: str
     batch_size: int
     table: TableSpec
     rows_per_file: int | None
@@ -73,7 +75,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation)
     if plan.stop_after == "decode":
         return count(decoded.images, [read.failures, decoded.failures])
-    handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype)
+    handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype, plan.fingerprint)
     extract: beam.PTransform = ExtractFeatures(handler)
     if plan.accelerator:  # fused with what is around it: no pixels move for it
         extract = extract.with_resource_hints(accelerator=plan.accelerator)

@@ -199,6 +199,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         preprocessing,
         _isolation(options),
         spec,
+        info.fingerprint,
         options.batch_size or default_batch_size(info.image_size, options.precision, on_gpu),
         table,
         options.rows_per_file,

@@ -14,11 +14,13 @@ import servers
 import tensorflow as tf
 from pictures import jpeg
 
+from models import loading
 from models.catalog import FORMATS, HEADS, NETWORKS, ONE_CELL
 from models.checkpoint import AVERAGED, seeded, write_checkpoint
 from models.handles import resolve
 from models.loading import LoadSpec, load
 from models.networks import is_trainable, variable_shapes
+from pipeline import job as pipeline_job
 from pipeline import models
 from storage import files, reach
 
@@ -251,6 +253,30 @@ def test_the_job_runs_a_prepared_model_bit_for_bit(prepared, job, tmp_path):
     assert len(ran.rows("features")) == 3
     assert ran.manifest["model"]["format"] == "prepared"
     assert ran.manifest["model"]["fingerprint"] == plain.manifest["model"]["fingerprint"]
+
+
+def test_a_model_that_is_swapped_between_plan_and_run_fails_the_run(job, monkeypatch, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    shutil.copytree(exports.exported("hub_v1", "classification"), tmp_path / "m")
+    planned = load(LoadSpec(str(tmp_path / "m"))).info.fingerprint
+    run_graph = pipeline_job.run_graph
+
+    def elsewhere(*planned):
+        """As a worker on another machine, which loads anew, would run it."""
+        shutil.rmtree(tmp_path / "m")
+        shutil.copytree(exports.exported("hub_v1", "feature_vector"), tmp_path / "m")
+        monkeypatch.setattr(loading, "_loaded", {})
+        return run_graph(*planned)
+
+    monkeypatch.setattr(pipeline_job, "run_graph", elsewhere)
+    ran = job(tmp_path / "a.jpg", model=tmp_path / "m", outputs="embedding")
+    assert (ran.code, ran.line["status"]) == (1, "failed")
+    found = load(LoadSpec(str(tmp_path / "m"))).info.fingerprint
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("ERROR    pipeline:")]
+    assert planned in line
+    assert found in line
+    assert "prepare it once" in line
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_prepared_model_prepared_again_is_the_same(prepared, told, tmp_path):

@@ -139,20 +139,36 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
 
     `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread.
     `dtype`: the type in which vectors will be written; what it cannot hold is a failure. Of equal
-    encoded bytes the vectors are computed once, as far as a process remembers them.
+    encoded bytes the vectors are computed once, as far as a process remembers them. `fingerprint`:
+    the only one that the model may have, None for any.
     """
 
-    def __init__(self, spec: LoadSpec, batch_size: int, dtype: str = "float32"):
+    def __init__(
+        self,
+        spec: LoadSpec,
+        batch_size: int,
+        dtype: str = "float32",
+        fingerprint: str | None = None,
+    ):
         together = batch_size * spec.copies
         super().__init__(min_batch_size=together, max_batch_size=together)
         self._spec = spec
         self._batch_size = batch_size
         self._largest = float(np.finfo(dtype).max)
+        self._fingerprint = fingerprint
         self._run = uuid.uuid4().hex  # all copies of this handler share what they know
 
     def load_model(self) -> LoadedModel:
-        """The model; once a process, whoever asks."""
-        return load(self._spec)
+        """The model; once a process, whoever asks. RunError where it is not the one expected."""
+        model = load(self._spec)
+        found = model.info.fingerprint
+        if self._fingerprint not in (None, found):
+            raise RunError(
+                f"the model at {self._spec.handle} has the fingerprint {found} here, and the run "
+                f"was planned with {self._fingerprint}: its rows would mix two models; prepare it "
+                "once (python -m pipeline.models prepare) and give --model that folder"
+            )
+        return model
 
     def run_inference(
         self,
