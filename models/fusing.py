@@ -48,36 +48,39 @@ def to_bfloat16(graph: Graph) -> None:
             if tensor.startswith("^"):
                 continue
             made_by = graph.producer(tensor)
-            if made_by.op == "Const" or made_by.name in graph.weights:
-                if layer and kind(made_by, "dtype") == _FLOAT:
-                    node.input[at] = _bfloat16_constant(graph, made_by)
-            elif layer != (made_by.name in layers) and _is_float(graph, node, at):
-                node.input[at] = _cast(graph, tensor, to_bfloat16=layer)
+            if not layer:
+                if made_by.name in layers:
+                    node.input[at] = _cast(graph, tensor, to_bfloat16=False)
+            elif made_by.name not in layers and _is_float(node, at):
+                constant = _bfloat16_constant(graph, made_by)
+                node.input[at] = constant or _cast(graph, tensor, to_bfloat16=True)
     for name in layers:
         graph.nodes[name].attr["T"].type = _BFLOAT16
     graph.prune()
 
 
-def _is_float(graph: Graph, node: Any, at: int) -> bool:
-    """Whether input `at` of `node` is of the type that its attribute T names, and that is float."""
-    if node.op == "Cast":
-        return kind(node, "SrcT") == _FLOAT
-    last_is_index = node.op in ("ConcatV2", "Mean", "Sum", "Max", "Reshape", "Squeeze")
-    index = last_is_index and at == len(node.input) - 1 and at > 0
-    return kind(node) == _FLOAT and not index
+def _is_float(node: Any, at: int) -> bool:
+    """Whether input `at` of a layer is one of its tensors, not an axis, a shape or an index."""
+    if node.op == "ConcatV2":
+        return at < int(node.attr["N"].i)
+    indexed = node.op in ("Pad", "PadV2", "StridedSlice")
+    return not indexed or at == 0 or (node.op, at) == ("PadV2", 2)
 
 
-def _bfloat16_constant(graph: Graph, constant: Any) -> str:
-    name = f"{constant.name}/bfloat16"
+def _bfloat16_constant(graph: Graph, node: Any) -> str | None:
+    """The name of the constant `node` in bfloat16, None where it is none."""
+    name = f"{node.name}/bfloat16"
     if name not in graph.nodes:
-        value = graph.constant(constant.name)
-        assert value is not None
+        is_constant = node.op == "Const" or node.name in graph.weights
+        value = graph.constant(node.name) if is_constant else None
+        if value is None:
+            return None
         graph.add_constant(name, value.astype(tf.bfloat16.as_numpy_dtype))
     return name
 
 
 def _cast(graph: Graph, tensor: str, to_bfloat16: bool) -> str:
-    name = f"{node_name(tensor)}/{'to_bfloat16' if to_bfloat16 else 'to_float'}"
+    name = f"{tensor.replace(':', '/')}/{'to_bfloat16' if to_bfloat16 else 'to_float'}"
     if name not in graph.nodes:
         cast = graph.add("Cast", name, [tensor])
         cast.attr["SrcT"].type = _FLOAT if to_bfloat16 else _BFLOAT16

@@ -166,6 +166,25 @@ def test_products_by_picture_are_the_same(name):
     assert close(run(graph), wanted)
 
 
+ROUGH = {
+    "parts of a split": lambda net, x: tf.add_n(
+        [net.conv(part) for part in tf.split(tf.concat([x, 2.0 * x], 3), 2, 3)]
+    ),
+    "a slice and a border that shapes tell": lambda net, x: net.conv(
+        tf.pad(x[:, : tf.shape(x)[1] - 1], [[0, 0], [tf.shape(x)[1] // 3, 0], [1, 0], [0, 0]])
+    ),
+}
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="this CPU has no bfloat16")
+@pytest.mark.parametrize("name", ROUGH)
+def test_bfloat16_is_near(name):
+    graph = Graph(build(ROUGH[name]), ["y"])
+    wanted = run(graph)
+    to_bfloat16(graph)
+    assert close(run(graph), wanted, 0.02)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000),
