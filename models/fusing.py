@@ -104,7 +104,7 @@ def fuse_convolutions(graph: Graph) -> None:
         reader = _only_reader(graph, readers, bias)
         if reader is not None and reader.op in ("Add", "AddV2"):
             others = [name for name in reader.input if node_name(name) != bias.name]
-            if len(others) == 1 and shapes[node_name(others[0])] == shapes[bias.name]:
+            if len(others) == 1 and _same(shapes, bias.name, others[0]):
                 chain.append(reader)
                 extra = others
                 fused.append(b"Add")
@@ -145,6 +145,12 @@ def _reshape(graph: Graph, name: str, tensor: str, shape: list[int], like: Any) 
     return node
 
 
+def _same(shapes: dict[str, list[int | None]], *tensors: str) -> bool:
+    """Whether two tensors are known to have one shape, whatever the size of the batch."""
+    one, other = (shapes.get(tensor) for tensor in tensors)
+    return one is not None and one == other and None not in one[1:]
+
+
 def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
     """The one node that reads `node`, unless that has been fused into another meanwhile."""
     found = readers[node.name]
@@ -177,11 +183,12 @@ def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[byte
 
 
 def _shapes(graph: Graph) -> dict[str, list[int | None]]:
-    """The static shape of every node's first output."""
+    """Tensor name, as nodes read it, to static shape, of those of known rank."""
     with tf.Graph().as_default() as shaped:
         tf.graph_util.import_graph_def(graph.to_def(), name="")
     return {
-        op.name: op.outputs[0].shape.as_list()
+        tensor.name.removesuffix(":0"): tensor.shape.as_list()
         for op in shaped.get_operations()
-        if op.outputs and op.outputs[0].shape.rank is not None
+        for tensor in op.outputs
+        if tensor.shape.rank is not None
     }

@@ -89,6 +89,10 @@ LEFT = {
 }
 
 
+def open_rank(x: tf.Tensor) -> tf.Tensor:
+    return tf.compat.v1.placeholder_with_default(x, None)
+
+
 @pytest.mark.parametrize("name", FOLDED)
 def test_folding_computes_the_same_in_fewer_operations(name):
     make, counts = FOLDED[name]
@@ -163,6 +167,24 @@ def test_products_by_picture_are_the_same(name):
     multiply_by_picture(graph)
     assert ops(graph)["BatchMatMulV2"] == count
     assert ops(graph)["MatMul"] == 1 - count
+    assert close(run(graph), wanted)
+
+
+@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net, x: net.norm(net.conv(x)) + open_rank(x),
+        lambda net, x: net.norm(net.conv(x)) + tf.split(tf.concat([x, x], 3), 2, 3)[1],
+        lambda net, x: net.norm(net.conv(x)) + tf.unique_with_counts([1.0, 1.0, 2.0])[0][:1],
+    ],
+    ids=["of unknown rank", "a second output", "of unknown size"],
+)
+def test_an_addition_of_something_else(make):
+    graph = Graph(build(make), ["y"])
+    wanted = run(graph)
+    fold(graph)
+    fuse_convolutions(graph)
     assert close(run(graph), wanted)
 
 
