@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.graphs import Graph, node_name, port
+from models.graphs import Graph, node_name, port, waits
 
 _BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
@@ -40,7 +40,7 @@ def _fold_batch_norm(graph: Graph, norm: Any, readers: dict[str, list[Any]]) -> 
         for reader in readers[norm.name]
         for name in reader.input
     )
-    if statistics_read or not convs or any(p is None for p in parameters):
+    if waits(norm) or statistics_read or not convs or any(p is None for p in parameters):
         return
     gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
     scale = gamma / np.sqrt(variance + norm.attr["epsilon"].f)
@@ -62,7 +62,7 @@ def _fold_batch_norm(graph: Graph, norm: Any, readers: dict[str, list[Any]]) -> 
 def _convolutions(graph: Graph, tensor: str, readers: dict[str, list[Any]]) -> list[Any]:
     """The convolutions whose results, concatenated, are `tensor` and nothing else; or none."""
     node = graph.producer(tensor)
-    if len(readers[node.name]) != 1 or node.name in graph.keep:
+    if len(readers[node.name]) != 1 or node.name in graph.keep or waits(node):
         return []
     if node.op == "ConcatV2":
         axis = graph.constant(node.input[-1])
@@ -98,14 +98,14 @@ def _push_relus(graph: Graph) -> None:
             relus[tensor] = name
         return relus[tensor]
 
-    found = [node for node in graph.nodes.values() if node.op == "Relu"]
+    found = [node for node in graph.nodes.values() if node.op == "Relu" and not waits(node)]
     for relu in found:
         if relu.name not in graph.keep:
             relus.setdefault(relu.input[0], relu.name)
     for relu in found:
         concat = graph.producer(relu.input[0])
         only_relus = all(reader.op == "Relu" for reader in readers[concat.name])
-        if concat.op != "ConcatV2" or not only_relus or concat.name in graph.keep:
+        if concat.op != "ConcatV2" or not only_relus or concat.name in graph.keep or waits(concat):
             continue
         *parts, axis = concat.input
         relu.input[:] = [*(relu_of(part, relu.attr["T"]) for part in parts), axis]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.graphs import Graph, kind, node_name
+from models.graphs import Graph, kind, node_name, waits
 from models.runtime import tf
 
 # The layers of convolutional networks; everything else stays in float32 behind a cast.
@@ -100,6 +100,8 @@ def fuse_convolutions(graph: Graph) -> None:
         conv = graph.producer(bias.input[0])
         if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in graph.keep:
             continue
+        if waits(conv) or waits(bias):
+            continue
         chain, fused, extra = [conv, bias], [b"BiasAdd"], []
         reader = _only_reader(graph, readers, bias)
         if reader is not None and reader.op in ("Add", "AddV2"):
@@ -124,7 +126,7 @@ def multiply_by_picture(graph: Graph) -> None:
     """
     for node in [node for node in graph.nodes.values() if node.op == "MatMul"]:
         matrix = graph.constant(node.input[1])
-        if node.attr["transpose_a"].b or matrix is None:
+        if node.attr["transpose_a"].b or matrix is None or waits(node):
             continue
         turned = node.attr["transpose_b"].b
         rows, columns = reversed(matrix.shape) if turned else matrix.shape
@@ -152,11 +154,12 @@ def _same(shapes: dict[str, list[int | None]], *tensors: str) -> bool:
 
 
 def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
-    """The one node that reads `node`, unless that has been fused into another meanwhile."""
+    """The one node that reads `node`, unless it waits or has been fused into another meanwhile."""
     found = readers[node.name]
     if len(found) != 1 or node.name in graph.keep:
         return None
-    return found[0] if graph.nodes.get(found[0].name) is found[0] else None
+    left = graph.nodes.get(found[0].name) is found[0] and not waits(found[0])
+    return found[0] if left else None
 
 
 def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[bytes]) -> None:

@@ -25,6 +25,11 @@ def port(tensor: str) -> str:
     return "^" if tensor.startswith("^") else tensor.partition(":")[2] or "0"
 
 
+def waits(node: Any) -> bool:
+    """Whether `node` waits for another that it reads nothing of (its last inputs, then)."""
+    return bool(node.input) and node.input[-1].startswith("^")
+
+
 def kind(node: Any, attribute: str = "T") -> int:
     """The type enum in an attribute of `node`, 0 where it has none (asking a map would add it)."""
     return int(node.attr[attribute].type) if attribute in node.attr else 0
@@ -49,12 +54,8 @@ class Graph:
         self.library = graph.library
         self._versions = graph.versions
         for node in graph.node:
-            value = node.attr["value"].tensor if node.op == "Const" else None
-            if value is not None and node.ByteSize() >= _HEAVY_BYTES:
-                array = tf.make_ndarray(value)
-                if array.dtype.kind in _PLAIN_KINDS:
-                    self._add_weight(node.name, array)
-                    continue
+            if self._set_aside(node):
+                continue
             copy = type(node)()
             copy.CopyFrom(node)
             copy.attr.pop("_class", None)  # colocation, with nodes that may go
@@ -103,13 +104,17 @@ class Graph:
         return self.nodes[node_name(tensor)]
 
     def constant(self, tensor: str) -> np.ndarray | None:
-        """The value of `tensor` where it is a constant."""
+        """The value of `tensor` where it is a constant, and everywhere in the graph the same one.
+
+        A constant that waits is a loop's or a branch's, and none from outside can take its place.
+        """
         node = self.producer(tensor)
         while node.op == "Identity":
             node = self.producer(node.input[0])
         if node.name in self.weights:
             return self.weights[node.name]
-        return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
+        free = node.op == "Const" and not waits(node)
+        return tf.make_ndarray(node.attr["value"].tensor) if free else None
 
     def add(self, op: str, name: str, inputs: list[str]) -> Any:
         """A new node, its attributes yet to be set."""
@@ -126,6 +131,17 @@ class Graph:
         node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
         return name
+
+    def _set_aside(self, node: Any) -> bool:
+        """Make a weight of `node` where it is a large constant that waits for nothing."""
+        if node.op != "Const" or waits(node) or node.ByteSize() < _HEAVY_BYTES:
+            return False
+        array = tf.make_ndarray(node.attr["value"].tensor)
+        if array.dtype.kind not in _PLAIN_KINDS:
+            return False
+        self.nodes.pop(node.name, None)
+        self._add_weight(node.name, array)
+        return True
 
     def _add_weight(self, name: str, value: np.ndarray) -> str:
         node = self.add("Placeholder", name, [])
@@ -150,13 +166,14 @@ class Graph:
             return idle[name]
 
         for node in self.nodes.values():
-            waits = [read for read in node.input if read.startswith("^")]
-            if any(is_idle(node_name(read)) for read in waits):
+            if waits(node):
                 node.input[:] = [
                     read
                     for read in node.input
                     if not (read.startswith("^") and is_idle(node_name(read)))
                 ]
+        for node in list(self.nodes.values()):
+            self._set_aside(node)
 
         def source(tensor: str) -> str:
             node = self.nodes[node_name(tensor)]

@@ -89,6 +89,14 @@ LEFT = {
 }
 
 
+WAITING = {
+    "a convolution": "Conv2D",
+    "a batch norm": "FusedBatchNormV3",
+    "a concatenation": "ConcatV2",
+    "a ReLU": "Relu",
+}
+
+
 def open_rank(x: tf.Tensor) -> tf.Tensor:
     return tf.compat.v1.placeholder_with_default(x, None)
 
@@ -185,6 +193,26 @@ def test_an_addition_of_something_else(make):
     wanted = run(graph)
     fold(graph)
     fuse_convolutions(graph)
+    assert close(run(graph), wanted)
+
+
+@pytest.mark.parametrize("op", WAITING.values(), ids=WAITING)
+def test_what_waits_goes_on_waiting(op):
+    built = build(lambda net, x: block(net, tf.raw_ops.Identity(input=x, name="before")))
+    built.node.add(op="Assert", name="check", input=["yes", "told"]).attr["T"].list.type.append(7)
+    for name, value in (("yes", True), ("told", "no")):
+        with tf.Graph().as_default() as graph:
+            tf.constant(value, name=name)
+        built.node.add().CopyFrom(graph.as_graph_def().node[0])
+    for node in built.node:
+        if node.op == op:
+            node.input.append("^check")
+    graph = Graph(built, ["y"])
+    wanted = run(graph)
+    fold(graph)
+    if can_fuse():
+        fuse_convolutions(graph)
+    assert "check" in graph.nodes
     assert close(run(graph), wanted)
 
 

@@ -11,7 +11,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from models.checkpoint import write_checkpoint
 from models.export import _image_module_info
-from models.freezing import Hints, ModelError
+from models.freezing import Hints, ModelError, freeze
 from models.loading import LoadedModel, LoadSpec, load, prepare
 
 SIZE, WIDTH, CLASSES = 6, 4, 5
@@ -462,7 +462,51 @@ def branched(x: tf.Tensor) -> tf.Tensor:
     return tf.cond(tf.reduce_mean(x) > -2.0, lambda: x * 3.0, lambda: x - 9.0)
 
 
-@pytest.mark.parametrize("through", [looped, mapped, branched])
+MATRIX = np.random.default_rng(3).normal(0, 0.1, (3 * SIZE**2, 3 * SIZE**2)).astype(np.float32)
+FILTER = np.random.default_rng(4).normal(0, 0.3, (3, 3, 3, 3)).astype(np.float32)
+
+
+def multiplied(x: tf.Tensor) -> tf.Tensor:
+    """A loop that holds a large constant."""
+    flat = tf.reshape(x, [-1, len(MATRIX)])
+    step = lambda i, y: (i + 1, tf.nn.relu(y @ tf.constant(MATRIX)))  # noqa: E731
+    return tf.reshape(tf.while_loop(lambda i, _: i < 3, step, (0, flat))[1], tf.shape(x))
+
+
+def layered(x: tf.Tensor) -> tf.Tensor:
+    """A loop of layers that would be folded and fused outside of one."""
+
+    def layer(y: tf.Tensor) -> tf.Tensor:
+        y = tf.nn.conv2d(y, tf.constant(FILTER), 1, "SAME")
+        ones = tf.constant([1.0, 2.0, 3.0])
+        y = tf.compat.v1.nn.fused_batch_norm(y, ones, ones, ones, ones, is_training=False)[0]
+        return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(y, tf.constant(FILTER), 1, "SAME"), ones))
+
+    return tf.while_loop(lambda i, _: i < 2, lambda i, y: (i + 1, layer(y)), (0, x))[1]
+
+
+def chosen(x: tf.Tensor) -> tf.Tensor:
+    """A branch, not taken, that is a large constant."""
+    never = np.random.default_rng(5).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
+    return tf.cond(tf.reduce_mean(x) > 2.0, lambda: tf.constant(never), lambda: x)
+
+
+@tf.function(experimental_attributes={"_noinline": True})
+def apart(x: tf.Tensor) -> tf.Tensor:
+    return tf.nn.conv2d(x * 2.0 - 1.0, tf.constant(FILTER), 1, "SAME")
+
+
+def called(x: tf.Tensor) -> tf.Tensor:
+    """A function that must not be inlined."""
+    return apart(x)
+
+
+def test_what_is_not_inlined_stays_a_function(tmp_path):
+    directory = saved(tmp_path / "m", lambda x: {"embedding": features(called(x))})
+    assert freeze(directory, Hints(None, (0.0, 1.0))).graph.library.function
+
+
+@pytest.mark.parametrize("through", [looped, mapped, branched, multiplied, layered, chosen, called])
 def test_control_flow_is_kept(through, tmp_path):
     directory = saved(tmp_path / "m", lambda x: {"embedding": features(through(x))})
     wanted = expected(np.asarray(through(tf.constant(PIXELS / np.float32(255), tf.float32))))
@@ -472,6 +516,8 @@ def test_control_flow_is_kept(through, tmp_path):
     assert again.info.fingerprint == model.info.fingerprint
     prepare(LoadSpec(directory, hints=Hints(None, (0.0, 1.0))), str(tmp_path / "prepared"))
     assert close(loaded(str(tmp_path / "prepared"))(PIXELS)["embedding"], wanted)
+    rough = load(LoadSpec(directory, hints=Hints(None, (0.0, 1.0)), precision="bfloat16"))
+    assert np.abs(rough(PIXELS)["embedding"] - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
 def test_the_fingerprint_tells_what_a_called_function_does(tmp_path):
