@@ -25,6 +25,7 @@ HUB_V1_SIGNATURES = {EMBEDDING: "image_feature_vector", LOGITS: "image_classific
 _SUMS = {"Add", "AddV2"}
 _LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", *_SUMS}
 _SIZES = {"Shape", "Size"}
+_LARGEST_SIZE = 1 << 16  # pixels a side; more is damage
 _MAPS = {"Mul", "RealDiv", "Sub", "Add", "AddV2"}
 
 
@@ -307,13 +308,20 @@ def _inference_meta_graph(directory: str, proto: Any) -> Any:
 
 
 def _attached_size(proto: Any) -> int | None:
-    """The expected image size out of the module's attachment `image_module_info`, if it has one."""
+    """The expected image size out of the module's attachment `image_module_info`.
+
+    None where it has none that can be read.
+    """
     for meta in proto.meta_graphs:
         for value in meta.collection_def["hub_module_attachments"].bytes_list.value:
-            attachment = _fields(value)
-            if attachment.get(1) == b"image_module_info":
-                size = _fields(_fields(attachment[2])[1])
-                return size[1] if size[1] == size[2] else None
+            try:
+                attachment = _fields(value)
+                if attachment.get(1) == b"image_module_info":
+                    size = _fields(_fields(attachment[2])[1])
+                    square = size[1] == size[2] and size[1] in range(1, _LARGEST_SIZE)
+                    return size[1] if square else None
+            except (IndexError, KeyError, TypeError):  # bytes that are no such message
+                continue
     return None
 
 

@@ -336,7 +336,7 @@ BOTH = {
 def save_module(
     directory: Path,
     size: int | None = SIZE,
-    attached: int | None = None,
+    attached: int | bytes | None = None,
     apart: bool = False,
     names: dict[str, str] = BOTH,
 ) -> str:
@@ -366,7 +366,7 @@ def save_module(
         )
     if attached:
         meta.collection_def["hub_module_attachments"].bytes_list.value.append(
-            _image_module_info(attached)
+            attached if isinstance(attached, bytes) else _image_module_info(attached)
         )
     saved_model = saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[meta])
     write_checkpoint(str(directory / "variables" / "variables"), {"head": HEAD})
@@ -399,6 +399,24 @@ def test_a_module_of_any_size_that_tells_none(tmp_path):
     with pytest.raises(ModelError, match="give --image_size"):
         loaded(directory)
     assert close(loaded(directory, image_size=SIZE)(PIXELS)["logits"], LOGITS)
+
+
+@pytest.mark.parametrize(
+    "attached",
+    [
+        b"\xff",
+        b"\x0a\x11image_module_info",
+        b"\x0a\x11image_module_info\x12\x00",
+        b"\x0a\x11image_module_info\x10\x07",
+        b"\x0a\x11image_module_info\x12\x04\x0a\x02\x08\x06",
+        _image_module_info(1 << 40),
+    ],
+    ids=["cut", "no value", "an empty value", "a number", "no width", "beyond all size"],
+)
+def test_an_attachment_that_cannot_be_read_is_none(attached, tmp_path):
+    directory = save_module(tmp_path / "m", None, attached)
+    with pytest.raises(ModelError, match="give --image_size"):
+        loaded(directory)
 
 
 def test_a_module_of_the_default_signature_alone(tmp_path):
