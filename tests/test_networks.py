@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -95,17 +96,23 @@ def test_variables_are_slims_in_slims_order(
     assert hashlib.sha256(listing.encode()).hexdigest() == sha256
 
 
-def operations(spec: NetworkSpec, training: bool = False) -> list[tf.Operation]:
+@functools.cache
+def without_weights(spec: NetworkSpec, training: bool = False) -> tuple[tf.Graph, Network]:
+    """The network for one picture, all that goes into it left open."""
     v1 = tf.compat.v1
     with tf.Graph().as_default() as graph:
-        build(
+        network = build(
             spec,
             "classification",
             lambda _, shape: v1.placeholder(tf.float32, shape),
             v1.placeholder(tf.float32, [1, spec.image_size, spec.image_size, 3]),
             training,
         )
-    return graph.get_operations()
+    return graph, network
+
+
+def operations(spec: NetworkSpec, training: bool = False) -> list[tf.Operation]:
+    return without_weights(spec, training)[0].get_operations()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +132,33 @@ def test_multiply_adds_of_an_image(name: str, count: int):
             per_output = kernel[:2] if operation.type == "DepthwiseConv2dNative" else kernel[:-1]
             total += math.prod(operation.outputs[0].shape) * math.prod(per_output)
     assert total == count
+
+
+LARGE = {
+    "nasnet_large": {
+        "Stem": (42, 42, 336),
+        **{f"Cell_{i}": (42, 42, 1008) for i in range(6)},
+        "Reduction_Cell_0": (21, 21, 1344),
+        **{f"Cell_{i}": (21, 21, 2016) for i in range(6, 12)},
+        "Reduction_Cell_1": (11, 11, 2688),
+        **{f"Cell_{i}": (11, 11, 4032) for i in range(12, 18)},
+        "global_pool": (4032,),
+    },
+    "pnasnet_large": {
+        "Stem": (42, 42, 540),
+        **{f"Cell_{i}": (42, 42, 1080) for i in range(4)},
+        **{f"Cell_{i}": (21, 21, 2160) for i in range(4, 8)},
+        **{f"Cell_{i}": (11, 11, 4320) for i in range(8, 12)},
+        "global_pool": (4320,),
+    },
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_end_points_of_the_large_ones(name: str):
+    _, network = without_weights(NETWORKS[name])
+    shapes = {key: tuple(value.shape)[1:] for key, value in network.end_points.items()}
+    assert shapes == {**LARGE[name], "Logits": (1001,), "Predictions": (1001,)}
 
 
 @pytest.mark.parametrize("name", ["nasnet_mobile", "pnasnet_mobile"])
