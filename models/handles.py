@@ -45,6 +45,8 @@ _TRIES = 3
 _PAUSE_SECONDS = 0.5  # before the second try, and longer before each further one
 _STALL_SECONDS = 30.0  # without a byte, or at less than the slowest, after which a try is given up
 _SLOWEST = 1 << 10  # bytes a second
+_LONGEST_SECONDS = 3600.0  # of one try, however steadily it comes
+_BUSY = (408, 429)  # beside 5xx, the answers that ask for another try
 _STALE_SECONDS = 86400.0  # after which what a killed process left in the cache is removed
 _CHUNK = 1 << 20
 
@@ -262,7 +264,7 @@ def _fetch(address: str, target: Path) -> str:
         try:
             return _download(address, target)
         except urllib.error.HTTPError as error:
-            if error.code < 500 or tried == _TRIES:
+            if (error.code < 500 and error.code not in _BUSY) or tried == _TRIES:
                 raise OSError(f"{address} answers {error.code} {error.reason}") from None
         except urllib.error.URLError as error:
             # No name or no route does not mend itself in seconds.
@@ -293,6 +295,7 @@ def _copy(read: Callable[[int], bytes], target: Path, slowest: int = 0) -> str:
             digest.update(chunk)
             size += len(chunk)
             seconds = time.monotonic() - started
-            if seconds > _STALL_SECONDS and size < slowest * seconds:
+            too_slow = seconds > _STALL_SECONDS and size < slowest * seconds
+            if too_slow or seconds > _LONGEST_SECONDS:
                 raise TimeoutError(f"only {size} bytes came in {seconds:.0f} s")
     return digest.hexdigest()
