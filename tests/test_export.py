@@ -189,6 +189,29 @@ def test_documented_feature_vector():
 
 
 @pytest.mark.usefixtures("keras2")
+def test_a_persistent_tape_around_documented_fine_tuning():
+    layer = hub.KerasLayer(
+        exported("saved_model", "classification"),
+        trainable=True,
+        arguments=dict(batch_norm_momentum=0.997),  # noqa: C408
+    )
+    images = tf.constant(pictures())
+    layer(images, training=True)  # as above
+    before = {weight.name: weight.numpy() for weight in layer.non_trainable_weights}
+    with tf.GradientTape(persistent=True) as tape:
+        logits = layer(images, training=True)
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits([0, 1, 2, 3], logits))
+    for _ in range(2):
+        gradients = tape.gradient(loss, layer.trainable_weights)
+        assert all(np.isfinite(gradient).all() for gradient in gradients)
+    kernel = values()["conv0/weights"]
+    mean = tf.nn.conv2d(images * 2 - 1, kernel, 2, "VALID").numpy().mean(axis=(0, 1, 2))
+    (moved,) = [w for w in layer.non_trainable_weights if w.name == "conv0_bn/moving_mean:0"]
+    expected = 0.997 * before[moved.name] + 0.003 * mean
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("keras2")
 def test_documented_fine_tuning():
     layer = hub.KerasLayer(
         exported("saved_model", "feature_vector"),
@@ -209,6 +232,34 @@ def test_documented_fine_tuning():
         w.name for w, old in zip(layer.weights, before, strict=True) if (w == old).numpy().all()
     ]
     assert same == []
+
+
+NASNET_MOBILE = {
+    # head: width, weights that train, that do not, losses
+    "classification": (1001, 742, 384, 357),
+    "feature_vector": (1056, 740, 384, 356),
+}
+
+
+@pytest.mark.usefixtures("keras2")
+@pytest.mark.parametrize("head", HEADS)
+def test_documented_calls_on_nasnet_mobile(head: Head):
+    directory = exported("saved_model", head, "nasnet_mobile")
+    width, trained, fixed, losses = NASNET_MOBILE[head]
+    m = tf.keras.Sequential([hub.KerasLayer(directory)])
+    m.build([None, 224, 224, 3])  # Batch input shape.
+    assert m.output_shape == (None, width)
+
+    layer = hub.KerasLayer(
+        directory,
+        trainable=True,
+        arguments=dict(batch_norm_momentum=0.997),  # noqa: C408
+    )
+    images = tf.constant(pictures("nasnet_mobile")[:1])
+    assert np.array_equal(layer(images), m(images))
+    assert len(layer.trainable_weights) == trained
+    assert len(layer.non_trainable_weights) == fixed
+    assert len(layer.losses) == losses
 
 
 # TF1: the hub.Module directory
@@ -313,7 +364,9 @@ def test_plain_loading_wants_the_empty_tags():
         tf.saved_model.load(directory)
 
 
-def test_the_train_variant_uses_the_batch():
+@pytest.mark.parametrize("momentum", [None, 0.997])
+def test_the_train_variant_uses_the_batch(momentum: float | None):
+    """And moves its averages by 0.99, or by the momentum that is fed."""
     model = hub.load(exported("hub_v1", "feature_vector"), tags={"train"})
     signature = model.signatures["image_feature_vector_with_bn_hparams"]
     got = signature(images=tf.constant(pictures()), batch_norm_momentum=tf.constant(0.99))
@@ -322,12 +375,16 @@ def test_the_train_variant_uses_the_batch():
     assert len(updates) == sum(not is_trainable(name) for name in values())
 
     images = pictures()
-    update = model.prune([model.graph.get_tensor_by_name("hub_input/images:0")], updates[:2])
+    fed = {"hub_input/images:0": tf.constant(images)}
+    if momentum is not None:
+        fed |= {"batch_norm_momentum:0": tf.constant(momentum)}
+    update = model.prune([model.graph.get_tensor_by_name(name) for name in fed], updates[:2])
     by_name = {v.name: v for v in model.variables}
     before = by_name["conv0_bn/moving_mean:0"].numpy()
-    update(tf.constant(images))
+    update(*fed.values())
     batch = tf.nn.conv2d(images * 2 - 1, values()["conv0/weights"], 2, "VALID").numpy()
-    expected = 0.99 * before + 0.01 * batch.mean(axis=(0, 1, 2))
+    kept = momentum or 0.99
+    expected = kept * before + (1 - kept) * batch.mean(axis=(0, 1, 2))
     np.testing.assert_allclose(by_name["conv0_bn/moving_mean:0"], expected, rtol=1e-5, atol=1e-6)
 
 
