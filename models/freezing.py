@@ -22,6 +22,7 @@ from storage.errors import RequestError
 
 EMBEDDING, LOGITS = "embedding", "logits"
 HUB_V1_SIGNATURES = {EMBEDDING: "image_feature_vector", LOGITS: "image_classification"}
+_ALIAS = "feature_vector"  # of the embedding
 _SUMS = {"Add", "AddV2"}
 _LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", *_SUMS}
 _SIZES = {"Shape", "Size"}
@@ -217,6 +218,8 @@ def _roles(directory: str, named: Mapping[str, tf.Tensor]) -> dict[str, tf.Tenso
     other vector is an embedding.
     """
     vectors = {name: tensor for name, tensor in named.items() if _is_vector(tensor)}
+    if _ALIAS in vectors:
+        vectors.setdefault(EMBEDDING, vectors.pop(_ALIAS))
     if not vectors:
         shapes = ", ".join(f"{name} {t.shape}" for name, t in named.items())
         raise ModelError(f"--model {directory}: no output is one vector an image ({shapes})")

@@ -249,6 +249,10 @@ OUTPUTS = {
         lambda x: {"a": pooled(x), "b": dense(trunk(x))},
         {"embedding": POOLED, "logits": LOGITS},
     ),
+    "feature_vector, of a dense layer": (
+        lambda x: {"feature_vector": dense(trunk(x)), "zzz": tf.nn.softmax(pooled(x))},
+        {"embedding": LOGITS, "logits": POOLED},
+    ),
     "logits named alone": (lambda x: {"logits": dense(trunk(x))}, BOTH),
     "logits named alone, of no dense layer": (lambda x: {"logits": pooled(x)}, {"logits": POOLED}),
     "an embedding named alone, of a dense layer": (
