@@ -25,7 +25,7 @@ Values = dict[str, np.ndarray]
 
 AVERAGED = "/ExponentialMovingAverage"
 _TRAINING_ONLY = re.compile(r"aux_\d+/|global_step$")
-_HEAD = "final_layer/"
+_HEAD = ("final_layer/FC/weights", "final_layer/FC/biases")
 
 
 class CheckpointError(ValueError):
@@ -87,7 +87,7 @@ def read_checkpoint(prefix: str, shapes: Shapes, ema: bool = False) -> Values:
             )
     for stored_name in sorted(stored):
         name = stored_name.removesuffix(AVERAGED)
-        if name not in shapes and not _TRAINING_ONLY.match(name) and not name.startswith(_HEAD):
+        if name not in shapes and not _TRAINING_ONLY.match(name) and name not in _HEAD:
             raise CheckpointError(f"{prefix} has a variable that the network lacks: {stored_name}")
     try:
         return {

@@ -133,7 +133,9 @@ def test_a_missing_variable_is_named(prefix: str):
         read_checkpoint(prefix, SHAPES)
 
 
-@pytest.mark.parametrize("name", ["cell_1/1x1/weights", "conv0/weights/RMSProp"])
+@pytest.mark.parametrize(
+    "name", ["cell_1/1x1/weights", "conv0/weights/RMSProp", "final_layer/FC2/weights"]
+)
 def test_a_surplus_variable_is_named(prefix: str, name: str):
     write_checkpoint(prefix, plain() | {name: np.zeros([2], np.float32)})
     with pytest.raises(CheckpointError, match=f"network lacks: {name}$"):
