@@ -78,6 +78,10 @@ def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
     Those whose placeholders are named in `leave` stay as they are. What TensorFlow's
     convert_variables_to_constants_v2 does, less the function that it makes of the graph again.
     """
+    # TensorFlow would warn that it cannot write these down; nothing of them is needed.
+    keys = tf.compat.v1.GraphKeys
+    for name in (keys.GLOBAL_VARIABLES, keys.TRAINABLE_VARIABLES):
+        function.graph.clear_collection(name)
     found = convert_to_constants._FunctionConverterDataInEager(
         function,
         lower_control_flow=True,

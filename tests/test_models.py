@@ -229,6 +229,11 @@ def test_nothing_is_written_over(refused, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
 
 
+def test_a_module_is_inspected_without_a_warning(told, caplog):
+    told("inspect", exports.exported("hub_v1", "classification"))
+    assert caplog.text == ""
+
+
 @pytest.fixture(scope="module")
 def prepared_once(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "m"
