@@ -217,29 +217,24 @@ def test_every_format_and_head_gives_the_same_embedding(tmp_path, job, format, h
         np.testing.assert_allclose(row["embedding"], reference[key]["embedding"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("network", "format", "head"),
-    [
-        ("nasnet_mobile", "saved_model", "classification"),
-        ("nasnet_mobile", "hub_v1", "classification"),
-        ("pnasnet_mobile", "saved_model", "feature_vector"),
-        ("pnasnet_mobile", "hub_v1", "classification"),
-    ],
-)
+@pytest.mark.parametrize("head", ["classification", "feature_vector"])
+@pytest.mark.parametrize("format", ["saved_model", "hub_v1"])
+@pytest.mark.parametrize("network", ["nasnet_mobile", "pnasnet_mobile"])
 def test_png_in_parquet_out_gives_slims_features_and_logits(tmp_path, job, network, format, head):
-    """The four reference pictures, and what TF-Slim said of them with these weights."""
+    """A reference picture of noise and a smooth one, and what TF-Slim said of them."""
     from PIL import Image
 
-    for number, picture in enumerate(np.rint(images(224) * 255).astype(np.uint8)):
+    chosen = [1, 3]
+    for number, picture in enumerate(np.rint(images(224)[chosen] * 255).astype(np.uint8)):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    ran = job(tmp_path / "*.png", model=exports.exported(format, head, network))
-    rows = [ran.rows("features")[str(tmp_path / f"{number}.png")] for number in range(4)]
+    ran = job(tmp_path / "*.png", model=exports.exported(format, head, network), batch_size=1)
+    rows = [ran.rows("features")[str(tmp_path / f"{number}.png")] for number in range(2)]
     expected = np.load(Path(__file__).parent / "data" / f"{network}_expected.npz")
     outputs = {"embedding": "features"} | ({"logits": "logits"} if head[0] == "c" else {})
     assert set(ran.manifest["model"]["outputs"]) == set(outputs)
     for column, name in outputs.items():
-        got = np.array([row[column] for row in rows])
-        assert np.abs(got - expected[name]).max() / np.abs(expected[name]).max() < 2e-6
+        got, wanted = np.array([row[column] for row in rows]), expected[name][chosen]
+        assert np.abs(got - wanted).max() / np.abs(wanted).max() < 2e-6
 
 
 @pytest.mark.parametrize("wanted", ["embedding", "logits", "embedding,logits"])
