@@ -29,7 +29,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -75,8 +74,9 @@ class DecodeProcesses:
         self._limits = limits
         self._decoder = decoder
         self._lock = threading.Lock()
+        ahead = _ahead.pop((limits, decoder), None)
         # At once, so that it imports while the first pictures are read.
-        self._server: _ForkServer | None = self._new_server()
+        self._server: _ForkServer | None = ahead or self._new_server()
         self._idle: list[_Process] = []
 
     def decode(self, data: bytes) -> Pixels:
@@ -121,7 +121,7 @@ class DecodeProcesses:
             server.close()
 
     def _new_server(self) -> _ForkServer:
-        return _ForkServer(self._how, self._limits.memory, self._decoder)
+        return _ForkServer(self._limits.memory, self._decoder)
 
     def _take(self, fresh: bool) -> _Process:
         with self._lock:
@@ -130,7 +130,7 @@ class DecodeProcesses:
             for _ in range(2):  # a second server where something has killed the first
                 self._server = self._server or self._new_server()
                 try:
-                    return self._server.start()
+                    return self._server.start(self._how)
                 except (EOFError, OSError) as error:
                     reason = self._server.close() or str(error)
                     self._server = None
@@ -147,6 +147,23 @@ class DecodeProcesses:
     def _no_memory(self, why: str) -> ImageError:
         limit = f"--decode_memory {self._limits.memory} bytes do not suffice"
         return ImageError(OUT_OF_MEMORY, f"{limit}; {why}")
+
+
+_ahead: dict[tuple[Limits, Decoder], _ForkServer] = {}
+
+
+def start_ahead(limits: Limits, decoder: Decoder = decode_image) -> None:
+    """Start now what the next DecodeProcesses of these arguments will be forked from, so that it
+    imports meanwhile. `drop_ahead` ends what nobody has taken.
+    """
+    if (limits, decoder) not in _ahead:
+        _ahead[limits, decoder] = _ForkServer(limits.memory, decoder)
+
+
+def drop_ahead() -> None:
+    """End what `start_ahead` has started and nobody uses."""
+    while _ahead:
+        _ahead.popitem()[1].close()
 
 
 _shared: dict[tuple[Preprocessing, Limits, Decoder], tuple[DecodeProcesses, int]] = {}
@@ -187,8 +204,7 @@ def shared_processes(
 class _ForkServer:
     """The process that forks those that decode, and the line that all their lives hang on."""
 
-    def __init__(self, how: Preprocessing, memory: int, decoder: Decoder):
-        self._size = how.size
+    def __init__(self, memory: int, decoder: Decoder):
         self._lock = threading.Lock()
         self._errors, self._words = _errors_file(), ""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -200,7 +216,6 @@ class _ForkServer:
             "life_line": life_line,
             "module": decoder.__module__,
             "function": decoder.__qualname__,
-            "how": dataclasses.asdict(how),
             "memory": memory,
         }
         # No credential of the environment; no threads in NumPy, which forks would lack.
@@ -219,16 +234,17 @@ class _ForkServer:
         theirs.close()
         os.close(life_line)
 
-    def start(self) -> _Process:
-        """A new process. Raises EOFError or OSError where this server is gone."""
+    def start(self, how: Preprocessing) -> _Process:
+        """A new process that decodes by `how`. EOFError or OSError where this server is gone."""
         ours, theirs = socket.socketpair()
-        process = _Process(self, ours, _errors_file(), self._size)
+        process = _Process(self, ours, _errors_file(), how.size)
         try:
             with theirs:
                 process.pid = self._ask(0, [theirs.fileno(), process.errors])
             if process.pid < 0:
                 reason = os.strerror(-process.pid)
                 raise RunError(f"no process for decoding can be started: {reason}")
+            process.tell(how)
         except BaseException:
             process.close()
             raise
@@ -274,6 +290,11 @@ class _Process:
         self._server = server
         self._connection = connection
         self._size = size
+
+    def tell(self, how: Preprocessing) -> None:
+        """Tell it how to decode, before the first picture."""
+        text = json.dumps(dataclasses.asdict(how)).encode()
+        _send(self._connection, _REQUEST.pack(len(text)), memoryview(text))
 
     def ask(self, data: bytes, seconds: float) -> Pixels | ImageError:
         """What it makes of `data`. Raises TimeoutError; EOFError or ConnectionError if it died."""
@@ -329,9 +350,7 @@ def _last_line(errors: int) -> str:
 # ---------------------------------------------------------------- the processes' side
 
 
-def serve(
-    control: int, life_line: int, module: str, function: str, how: dict[str, Any], memory: int
-) -> None:
+def serve(control: int, life_line: int, module: str, function: str, memory: int) -> None:
     """Be the fork server: start and end processes as `control` orders, until that is closed.
 
     `life_line`: a pipe that nobody writes to; when its other end closes, all of this group ends.
@@ -341,9 +360,6 @@ def serve(
     fcntl.fcntl(life_line, fcntl.F_SETFL, os.O_ASYNC)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     decoder = getattr(importlib.import_module(module), function)
-    decode = functools.partial(
-        decoder, how=Preprocessing(**how | {"formats": tuple(how["formats"])})
-    )
     orders = socket.socket(fileno=control)
     children: set[int] = set()
     gc.freeze()  # else the collector would write to every page that is shared
@@ -356,7 +372,7 @@ def serve(
             reply = _end(pid)
             children.discard(pid)
         else:
-            reply = _fork(orders, files, decode, memory)
+            reply = _fork(orders, files, decoder, memory)
             children.add(reply)
         orders.send(_ORDER.pack(reply))
     for pid in children:
@@ -369,7 +385,7 @@ def _end(pid: int) -> int:
 
 
 def _fork(
-    orders: socket.socket, files: Sequence[int], decode: Callable[[bytes], Pixels], memory: int
+    orders: socket.socket, files: Sequence[int], decoder: Callable[..., Pixels], memory: int
 ) -> int:
     """The pid of a new process that answers on the first of `files`; the errno, negative."""
     connection, errors = files
@@ -391,6 +407,7 @@ def _fork(
         most = min(most, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         requests = socket.socket(fileno=connection)
+        decode = functools.partial(decoder, how=_told(requests))
         while head := requests.recv(_REQUEST.size, socket.MSG_WAITALL):
             os.ftruncate(2, 0)
             _answer(requests, _REQUEST.unpack(head)[0], decode)
@@ -401,6 +418,15 @@ def _fork(
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _told(requests: socket.socket) -> Preprocessing:
+    """What `_Process.tell` has sent; an end of the process where its starter has gone."""
+    head = requests.recv(_REQUEST.size, socket.MSG_WAITALL)
+    if not head:
+        os._exit(0)
+    how = json.loads(requests.recv(_REQUEST.unpack(head)[0], socket.MSG_WAITALL))
+    return Preprocessing(**how | {"formats": tuple(how["formats"])})
 
 
 def _answer(requests: socket.socket, size: int, decode: Callable[[bytes], Pixels]) -> None:

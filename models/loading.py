@@ -7,6 +7,7 @@ have the model's own type, for every precision.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -26,7 +27,7 @@ from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze
 from models.fusing import can_fuse, fuse_convolutions, multiply_by_picture, to_bfloat16
 from models.graphs import Graph
 from models.handles import PREPARED, PREPARED_FILE, model_format, resolve
-from models.runtime import BFLOAT16, CORES, GPUS, tf
+from models.runtime import BFLOAT16, CORES, GPUS, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
 from storage import files
 
@@ -86,6 +87,7 @@ class LoadedModel:
 
     def __init__(self, info: ModelInfo, runs: Sequence[Run]):
         self.info = info
+        self._lanes = len(runs)
         self._idle: queue.SimpleQueue[Run] = queue.SimpleQueue()
         for run in runs:
             self._idle.put(run)
@@ -109,6 +111,20 @@ class LoadedModel:
             return run(pixels)
         finally:
             self._idle.put(run)
+
+    def warm(self, batch_size: int) -> None:
+        """Let each of its runs make its kernels for batches of this size; tells of no error."""
+        pixels = np.zeros((batch_size, self.info.image_size, self.info.image_size, 3), np.uint8)
+
+        def run() -> None:
+            with contextlib.suppress(Exception):  # the first real batch will meet it again
+                self(pixels)
+
+        threads = [threading.Thread(target=run, daemon=True) for _ in range(self._lanes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 _loaded: dict[LoadSpec, LoadedModel] = {}
@@ -299,7 +315,8 @@ def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
         return dict(zip(outputs, tensors, strict=True))
 
     pixels = tf.TensorSpec(shape, tf.uint8)
-    return [_on_arrays(tf.compat.v1.wrap_function(run, [pixels])) for _ in range(copies)]
+    first = tf.compat.v1.wrap_function(run, [pixels])
+    return [_on_arrays(function) for function in (first, *(twin(first) for _ in range(1, copies)))]
 
 
 def _on_arrays(function: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]) -> Run:

@@ -50,6 +50,7 @@ with _without_chatter():
     import tensorflow as tf
     from tensorflow.core.framework import variable_pb2
     from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+    from tensorflow.python.eager.polymorphic_function import concrete_function
     from tensorflow.python.framework import convert_to_constants
 
     GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
@@ -91,6 +92,15 @@ def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
     return convert_to_constants._replace_variables_by_constants(found)[0]
 
 
+def twin(function: Any) -> Any:
+    """A ConcreteFunction of the graph and captures of `function`, with kernels of its own.
+
+    Importing the graph once more would do the same, and take as long as the first time.
+    """
+    made = concrete_function.ConcreteFunction
+    return made.from_func_graph(function.graph, function.function_type, {})
+
+
 __all__ = [
     "BFLOAT16",
     "CORES",
@@ -99,5 +109,6 @@ __all__ = [
     "meta_graph_pb2",
     "saved_model_pb2",
     "tf",
+    "twin",
     "variable_pb2",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -16,7 +17,7 @@ import pyarrow as pa
 from formats import dataset, example, inputs
 from formats.dataset import Publication
 from formats.image import Preprocessing
-from formats.isolation import Limits, shared_processes
+from formats.isolation import Limits, shared_processes, start_ahead
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text
 from models import handles
@@ -78,6 +79,10 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     types = _types(sources, keys)
     if writes:
         reach.soon(output, lambda: files.check_writable(output))
+
+    isolation = _isolation(options)
+    if isolation and runs_here(beam_args):
+        start_ahead(isolation)  # it imports while TensorFlow does
 
     from models.loading import (
         BFLOAT16,
@@ -197,7 +202,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.limit,
         finished,
         preprocessing,
-        _isolation(options),
+        isolation,
         spec,
         info.fingerprint,
         options.batch_size or default_batch_size(info.image_size, options.precision, on_gpu),
@@ -239,6 +244,13 @@ def _isolation(options: Options) -> Limits | None:
 def _copies(workers: dataflow.Workers | None) -> int | None:
     """Batches at once on workers of another machine; None where they are this one."""
     return (1 if workers.gpu else workers.cores) if workers else None
+
+
+def runs_here(beam_args: Sequence[str]) -> bool:
+    """Whether the steps run in this process, as far as `--runner` tells."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--runner")
+    return runner_of(given.parse_known_args(list(beam_args))[0].runner) == DIRECT_RUNNER
 
 
 def runner_of(name: str | None) -> str:

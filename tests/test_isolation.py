@@ -216,6 +216,19 @@ def test_a_process_killed_during_a_picture_costs_none(start):
         assert answer.result(60)[1:] == (64, 48)
 
 
+def test_what_was_started_ahead_is_taken_once_and_ends_where_it_is_not(start):
+    isolation.start_ahead(LIMITS, crashing.decode_image)
+    ahead = isolation._ahead[LIMITS, crashing.decode_image]._process.pid
+    first, second = start(), start()
+    assert group(first) == ahead != group(second)
+    assert first.decode(PICTURE)[1:] == second.decode(PICTURE)[1:] == (64, 48)
+    isolation.start_ahead(BRIEF, crashing.decode_image)
+    left = isolation._ahead[BRIEF, crashing.decode_image]._process.pid
+    isolation.drop_ahead()
+    assert running(left) == []
+    assert running(ahead)
+
+
 def test_a_killed_fork_server_costs_none_and_leaves_none(start):
     processes = start()
     processes.decode(PICTURE)
