@@ -21,8 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from formats import table
-from formats.digests import DIGEST_BYTES, Bytes, key_digests, place_digests, repeated_rows
-from formats.records import Failure, one_line
+from formats.digests import (
+    DIGEST_BYTES,
+    Bytes,
+    image_digests,
+    key_digests,
+    place_digests,
+    repeated_rows,
+)
+from formats.records import Failure, one_line, place_key
 from storage import files, steady
 from storage.errors import RequestError, RunError
 from storage.steady import SteadyStream
@@ -232,8 +239,9 @@ class Resumed:
     """What a resumed run starts from.
 
     `kept`: files that stay; `retired`: files to delete at the commit. `finished`: digests of the
-    places of all kept rows, and of the published ones' keys that do not follow from the place;
-    `again`: of the places of what failed and is to be tried again, whatever its key. `counts`:
+    keys that are published, of the other kept rows' key and place together, and of the places of
+    damage and of files that are listed by another name. `again`: of the places of what failed and
+    is to be tried again, whatever its key. `counts`:
     records that each container is known to have had, by source.
     """
 
@@ -255,7 +263,7 @@ def resume(
 
     Of each file only footer, keys and places are read: its size tells a file that was cut or
     replaced, page checksums what is read here, and `python -m pipeline.verify` all the rest.
-    Memory: 16 bytes a row, twice that with an id that is not the place.
+    Memory: 16 bytes a row, twice that for files that a list names by another name.
     """
     listed = {entry["path"]: entry for entry in manifest["files"]} if manifest else {}
     superseded = set(manifest.get("superseded", ())) if manifest else set()
@@ -300,9 +308,15 @@ def resume(
         kept.append(path)
         for batch in _column_batches(output, path, sizes[path], ["key", *_PLACE]):
             key, source, index = batch.columns
-            finished += place_digests(source, index)
-            if path in listed:  # before that, another image of this id may yet come first
-                finished += key_digests(key.filter(_given(key, source, index)))
+            if path in listed:
+                finished += key_digests(key)
+            else:  # another image of this id may yet come first
+                finished += image_digests(key, source, index)
+            # Not of a record with an id: it may have moved, and another stand in its place.
+            known = pc.and_(pc.is_null(index), pc.not_equal(key, source.cast(pa.string())))
+            if path.startswith(FAILURES):
+                known = pc.or_(known, _is_damage(key, source))
+            finished += place_digests(source.filter(known), index.filter(known))
             most = pa.table({"source": source, "index": index}).group_by("source")
             for name, last in zip(*most.aggregate([("index", "max")]).columns, strict=True):
                 if last.is_valid:
@@ -316,11 +330,10 @@ def resume(
     return Resumed(tuple(kept), tuple(retired), finished, again, counts)
 
 
-def _given(key: pa.Array, source: pa.Array, index: pa.Array) -> pa.Array:
-    """Which keys do not follow from the place: not `source`, nor `source#index`."""
-    source = source.cast(pa.string())
-    numbered = pc.binary_join_element_wise(source, index.cast(pa.string()), "#")
-    return pc.not_equal(key, pc.coalesce(numbered, source))
+def _is_damage(key: pa.Array, source: pa.Array) -> pa.Array:
+    """Which failures tell of damage to their source, by their keys: `source@offset`."""
+    without_offset = pc.replace_substring_regex(key, r"@\d+$", "@")
+    return pc.equal(without_offset, pc.binary_join_element_wise(source.cast(pa.string()), "", "@"))
 
 
 def _is_older(path: str, run_id: str) -> bool:
@@ -405,9 +418,9 @@ def _failure_schema_like(output: str, part: PartFile) -> pa.Schema:
 def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...]) -> Failure:
     key, source, place, *_, sha256 = row  # as `settle` holds them
     index = None if place < 0 else place
-    where = f"{winner[1]}#{winner[2]}" if winner[2] >= 0 else winner[1]
+    where = place_key(winner[1], winner[2] if winner[2] >= 0 else None)
     return Failure(
-        f"{source}#{index}" if index is not None else source,
+        place_key(source, index),
         source,
         index,
         "read",

@@ -28,6 +28,11 @@ def place_digest(source: str, index: int | None) -> bytes:
     return key_digest(f"{source}\n{index}")
 
 
+def image_digest(key: str, source: str, index: int | None) -> bytes:
+    """`DIGEST_BYTES` that stand for the image of this key at this place."""
+    return key_digest(f"{source}\n{index}\n{key}")
+
+
 def key_digests(keys: pa.Array) -> bytes:
     """The digests of a column of strings, in order."""
     return b"".join(map(_digest, keys.cast(pa.binary()).to_pylist()))
@@ -35,8 +40,17 @@ def key_digests(keys: pa.Array) -> bytes:
 
 def place_digests(sources: pa.Array, indices: pa.Array) -> bytes:
     """The digests of the places in two columns, in order."""
+    return key_digests(_joined(sources, indices))
+
+
+def image_digests(keys: pa.Array, sources: pa.Array, indices: pa.Array) -> bytes:
+    """The digests of the images in three columns, in order."""
+    return key_digests(pc.binary_join_element_wise(_joined(sources, indices), keys, "\n"))
+
+
+def _joined(sources: pa.Array, indices: pa.Array) -> pa.Array:
     numbers = pc.coalesce(indices.cast(pa.string()), pa.scalar("None"))
-    return key_digests(pc.binary_join_element_wise(sources.cast(pa.string()), numbers, "\n"))
+    return pc.binary_join_element_wise(sources.cast(pa.string()), numbers, "\n")
 
 
 def _digest(data: bytes) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
+from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key
 from formats.tfrecord import Record
 
 _KINDS = {int: "int64", float: "float", bytes: "bytes"}  # a feature's values as Arrow gives them
@@ -130,7 +130,7 @@ def _parse(
     keys: ExampleKeys,
     types: ExampleTypes,
 ) -> ImageRecord | Failure:
-    key = f"{source}#{record.index}"
+    key = place_key(source, record.index)
     image = label = None
     try:
         if row is None:

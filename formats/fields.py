@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from formats.example import ExampleKeys, ExampleTypes
-from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
+from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
@@ -295,7 +295,7 @@ def parse_found(
     """
     results: list[ImageRecord | Failure] = []
     for item in found:
-        key = f"{source}#{item.index}"
+        key = place_key(source, item.index)
         ref, error = refer(key, source, item.index, item.values, keys, types)
         error = item.error or error
         if error is None and item.data is not None:

@@ -112,6 +112,11 @@ class Failure:
         )
 
 
+def place_key(source: str, index: int | None) -> str:
+    """The key of the image at a place that has no id: `source#index`, `source` for a file."""
+    return source if index is None else f"{source}#{index}"
+
+
 def one_line(text: str) -> str:
     """`text` without line breaks and credentials, under `MESSAGE_LIMIT` characters."""
     flat = " ".join(hide(text).split())

@@ -35,7 +35,7 @@ from formats.dataset import (
     settle,
     whole_parts,
 )
-from formats.digests import key_digest, place_digest
+from formats.digests import image_digest, key_digest, place_digest
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
 from formats.verification import verify
@@ -627,6 +627,10 @@ def places(images):
     return b"".join(place_digest(source, index) for _, source, index in images)
 
 
+def keys(images):
+    return b"".join(key_digest(key) for key, *_ in images)
+
+
 def test_resuming_nothing(tmp_path):
     assert resume(str(tmp_path / "new"), None, ROWS, False) == dataset.Resumed()
 
@@ -651,7 +655,8 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
         "features/.tmp-1-part-r2-c.parquet",
         "features/part-r2-torn.parquet",
     )
-    assert found.finished == places(images(3, 0, 1, 2, 4))  # from which their keys follow
+    (killed,) = images(4)
+    assert found.finished == keys(images(3, 0, 1, 2)) + image_digest(*killed)
     assert found.again == b""
     run = publication(
         tmp_path, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
@@ -670,7 +675,7 @@ def test_failures_that_are_tried_again_are_replaced(tmp_path):
     first_run(tmp_path)
     found = resumed(tmp_path, retry=True)
     assert found.kept == ("features/part-r1-a.parquet",)
-    assert found.finished == places(images(0, 1, 2))
+    assert found.finished == keys(images(0, 1, 2))
     assert found.again == places(images(3))
     run = publication(
         tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
@@ -798,20 +803,16 @@ def test_resuming_reads_no_vectors(tmp_path, monkeypatch):
     assert published(tmp_path) == good(0, 1, 2)
 
 
-def test_an_id_is_known_wherever_it_comes_from(tmp_path):
-    given = [
-        ("x", "/in/a", 0),
-        ("/in/a", "/in/a", None),
-        ("/in/a#2", "/in/a", 2),
-        ("/in/a#2", "/b", 2),
-    ]
-    commit(publication(tmp_path, "r1"), [write_part(tmp_path, FEATURES, "r1-a", given[:3])])
-    assert resumed(tmp_path).finished == places(given[:3]) + key_digest("x")
-    commit(
-        publication(tmp_path, "r2", if_exists="overwrite"),
-        [write_part(tmp_path, FEATURES, "r2-a", given[3:])],
+def test_what_is_known_by_its_key_and_what_by_its_place(tmp_path):
+    by_key = [("x", "/in/a", 0), ("/in/a", "/in/a", None), ("/in/a#2", "/in/a", 2)]
+    by_place = [("a.jpg", "/in/a.jpg", None)]  # as a list names it
+    features = write_part(tmp_path, FEATURES, "r1-a", [*by_key, *by_place])
+    failed, damaged = [("/b@5", "/in/b", 3)], [("/in/b@99", "/in/b", 4)]
+    failures = write_part(tmp_path, FAILURES, "r1-b", [*failed, *damaged])
+    commit(publication(tmp_path, "r1", max_failure_rate=1), [features, failures])
+    assert resumed(tmp_path).finished == (
+        keys([*failed, *damaged]) + places(damaged) + keys([*by_key, *by_place]) + places(by_place)
     )
-    assert resumed(tmp_path).finished == places(given[3:]) + key_digest("/in/a#2")
 
 
 def test_how_many_records_a_container_had(tmp_path):

@@ -14,6 +14,8 @@ from formats import digests
 from formats.digests import (
     DIGEST_BYTES,
     DigestSet,
+    image_digest,
+    image_digests,
     key_digest,
     key_digests,
     place_digest,
@@ -32,6 +34,9 @@ def test_columns_have_the_digests_of_their_values(places):
     sources = pa.array([source for source, _ in places], pa.string())
     indices = pa.array([index for _, index in places], pa.int64())
     assert key_digests(sources) == b"".join(key_digest(source) for source, _ in places)
+    images = b"".join(image_digest(f"k{source}", source, index) for source, index in places)
+    keys = pa.array([f"k{source}" for source, _ in places], pa.string())
+    assert image_digests(keys, sources, indices) == images
     assert place_digests(sources, indices) == b"".join(place_digest(*place) for place in places)
 
 

@@ -639,6 +639,30 @@ def test_resume_knows_ids_in_other_shards(tmp_path, job):
     assert list(ran.rows("features")) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "new"]
 
 
+def with_ids(path, *ids):
+    """A TFRecord of one picture for each id, which the id decides."""
+    pictures = list(different(9).values())
+    return write_tfrecord(
+        path, [{"image/encoded": pictures[int(n[1:])], "id": n.encode()} for n in ids]
+    )
+
+
+def test_resume_sees_new_ids_in_a_file_that_was_written_anew(tmp_path, job):
+    """What lay at a place before says nothing of an image with an id; nor does a renamed loser."""
+    path = with_ids(tmp_path / "a", "p1", "p2", "p1")
+    flags = {"id_key": "id", "max_failure_rate": 1}
+    assert list(job(path, **flags).rows("failures")) == [f"{path}#2"]  # the second p1
+    with_ids(path, "p0", "p3", "p4", "p1", "p2", "p1", "p3")
+    ran = job(path, if_exists="resume", **flags)
+    assert (ran.line["features"], ran.line["failures"], ran.line["skipped"]) == (3, 1, 3)
+    assert list(ran.rows("features")) == ["p0", "p1", "p2", "p3", "p4"]
+    assert list(ran.rows("failures")) == [f"{path}#2", f"{path}#6"]
+    assert_true_manifest(ran)
+    again = job(path, if_exists="resume", **flags)
+    assert (again.line["skipped"], again.line["images"]) == (7, 7)  # the losers too
+    assert again.table("features") == ran.table("features")
+
+
 def test_equal_pictures_have_equal_rows_and_are_computed_once(tmp_path, job):
     pictures = different(5)
     alone = job(write_pictures(tmp_path / "in", pictures), output=tmp_path / "alone")

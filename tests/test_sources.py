@@ -17,7 +17,7 @@ import servers
 from beams import pipe
 
 from formats import inputs
-from formats.digests import DigestSet, key_digest, place_digest
+from formats.digests import DigestSet, image_digest, key_digest, place_digest
 from formats.example import ExampleKeys, ExampleTypes, serialize_example
 from formats.inputs import IMAGES, TFRECORD, Source, Unit
 from formats.records import Failure, ImageRecord, ImageRef
@@ -448,20 +448,32 @@ def record(source, index, key="k"):
     return ImageRecord(ImageRef(key, source, index), b"")
 
 
-def test_finished_knows_places():
+def at(source, index):
+    """A record without an id."""
+    return record(source, index, f"{source}#{index}")
+
+
+def test_finished_knows_places_of_images_without_an_id():
     places = [(f"s{n % 7}", n) for n in range(500)] + [("file", None)]
     finished = Finished(DigestSet.of(b"".join(place_digest(*place) for place in places)))
-    assert all(record(*place) in finished for place in places)
-    assert Failure("k", "file", None, "read", "E", "m") in finished
+    assert all(at(*place) in finished for place in places[:-1])
+    assert record("file", None, "file") in finished
+    assert not any(record(*place) in finished for place in places)  # with an id
+    assert Failure("file", "file", None, "read", "E", "m") in finished
+    assert Failure("s1@99", "s1", 1, "read", "E", "m") in finished  # damage to a known record
     for source, index in [("s0", 1), ("file", 0), ("file\nNone", None), ("s7", 7)]:
-        assert record(source, index) not in finished
+        assert at(source, index) not in finished
 
 
 def test_finished_knows_published_keys_but_for_what_is_tried_again(tmp_path):
     path = str(tmp_path / "f")
-    Finished.write(path, key_digest("id") + place_digest("old", 0), place_digest("loser", 3))
+    done = key_digest("id") + key_digest("old#0") + image_digest("mine", "killed", 0)
+    Finished.write(path, done, place_digest("loser", 3))
     finished = Finished.read(path)
-    assert record("old", 0, key="other") in finished
+    assert at("old", 0) in finished
+    assert record("old", 0, key="other") not in finished  # a new image where another was before
+    assert record("killed", 0, key="mine") in finished
+    assert record("killed", 1, key="mine") not in finished  # not published: the id is still free
     assert record("elsewhere", 7, key="id") in finished  # the same data under another name
     assert record("loser", 3, key="id") not in finished  # a DuplicateKey failure, to be told again
     assert record("elsewhere", 7, key="new") not in finished
@@ -475,8 +487,8 @@ def test_nothing_is_finished_at_first():
 def test_finished_tells_digests_apart_that_begin_alike():
     digest = place_digest("s", 1)
     for near in (digest[:8] + bytes(8), digest[:8] + b"\xff" * 8, digest[:15] + b"\0"):
-        assert record("s", 1) not in Finished(DigestSet.of(near))
-        assert record("s", 1) in Finished(DigestSet.of(near + digest))
+        assert at("s", 1) not in Finished(DigestSet.of(near))
+        assert at("s", 1) in Finished(DigestSet.of(near + digest))
 
 
 def test_what_flows_and_what_reads_can_be_pickled(tmp_path):

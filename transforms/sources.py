@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from formats import containers, example, inputs, listing, tfrecord
-from formats.digests import DIGEST_BYTES, Bytes, DigestSet, key_digest, place_digest
+from formats.digests import DIGEST_BYTES, Bytes, DigestSet, image_digest, key_digest, place_digest
 from formats.fields import Found, refer, too_many_bytes
 from formats.inputs import Source, Unit
 from formats.listing import Entry
-from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest
+from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key
 from formats.table import utf8
 from formats.timing import Timing
 from storage import files, steady, web
@@ -243,15 +243,27 @@ class Finished:
 
     def __contains__(self, item: ImageRecord | Failure) -> bool:
         at = item if isinstance(item, Failure) else item.ref
-        return self.holds(at.key, at.source, at.record_index)
+        damaged = at.key.startswith(f"{at.source}@")
+        has_id = not damaged and at.key != place_key(at.source, at.record_index)
+        return self.holds(at.key, at.source, at.record_index, has_id)
 
-    def holds(self, key: str, source: str, index: int | None, only_key: bool = False) -> bool:
-        """Whether the image of this key at this place is finished; by its key alone if so asked."""
+    def holds(self, key: str, source: str, index: int | None, has_id: bool = False) -> bool:
+        """Whether the image of this key at this place is finished.
+
+        With `has_id` the key is the image's own, wherever it lies: what was at its place says
+        nothing then.
+        """
         place = place_digest(source, index)
         if place in self._again:
             return False
-        at_place = not only_key and place in self._finished
-        return at_place or key_digest(key) in self._finished
+        if not has_id and place in self._finished:
+            return True
+        keys = {key} if has_id else {key, place_key(source, index)}
+        return any(
+            key_digest(name) in self._finished
+            or image_digest(name, source, index) in self._finished
+            for name in keys
+        )
 
 
 def _mapped(path: str) -> np.ndarray:
@@ -310,9 +322,7 @@ class _ReadUnits(beam.DoFn):
         ref, _ = refer(
             entry.key, source, entry.index, entry.values, self._how.keys, self._how.types
         )
-        # One file may be listed under many ids: there it is the id that tells what is done.
-        only_key = ref.key != entry.key
-        return self._finished.holds(ref.key, source, entry.index, only_key)
+        return self._finished.holds(ref.key, source, entry.index, has_id=ref.key != entry.key)
 
 
 class ReadImages(beam.PTransform):
