@@ -112,8 +112,8 @@ def phase_resume(output: str, rows: int, a_file: int, ids: bool) -> None:
     from transforms.sources import Finished
 
     def work() -> None:
-        found = dataset.resume(output, dataset.read_manifest(output), ROWS, False)
-        Finished.write(f"{output}/_run-r2.finished", found.finished, found.again)
+        found = dataset.resume(output, dataset.read_manifest(output), ROWS)
+        Finished.write(f"{output}/_run-r2.finished", found.finished)
         assert len(found.kept) == -(-rows // a_file)
 
     timed("resume", work)
@@ -135,7 +135,7 @@ def phase_look_up(output: str, rows: int, a_file: int, ids: bool) -> None:
 
     def work() -> None:
         finished = Finished.read(f"{output}/_run-r2.finished")
-        found = sum(finished.holds(*place) for place in places)
+        found = sum(finished.holds(*place, has_id=ids) for place in places)
         assert found == ASKED // 2, found
 
     timed(f"look-up of {ASKED} keys", work)

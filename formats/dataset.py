@@ -24,8 +24,11 @@ from formats import table
 from formats.digests import (
     DIGEST_BYTES,
     Bytes,
+    DigestSet,
     image_digests,
+    key_digest,
     key_digests,
+    place_digest,
     place_digests,
     repeated_rows,
 )
@@ -39,10 +42,11 @@ FEATURES, FAILURES = "features", "failures"
 _BATCH_ROWS = 1 << 16  # rows whose key is held as text at once
 _COPY_BYTES = 1 << 20
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
-_DERIVED = re.compile(r"-(settled-\d+|duplicates-\w+)\.parquet$")  # what `settle` made of others
+_DERIVED = re.compile(r"-((settled|retried)-\d+|duplicates-\w+)\.parquet$")  # made of others
 _BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
 _PART = re.compile(r"(features|failures)/part-[^/]*\.parquet")
 _PLACE = ["source", "record_index"]
+_DUPLICATE = "DuplicateKey"
 _LEFTOVER = re.compile(
     r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
 )
@@ -238,28 +242,33 @@ def _sha256(output: str, path: str, size: int) -> str:
 class Resumed:
     """What a resumed run starts from.
 
-    `kept`: files that stay; `retired`: files to delete at the commit. `finished`: digests of the
-    keys that are published, of the other kept rows' key and place together, and of the places of
-    damage and of files that are listed by another name. `again`: of the places of what failed and
-    is to be tried again, whatever its key. `counts`:
-    records that each container is known to have had, by source.
+    `kept`: files that stay; `retried`: failures that stay where they are not read again; `retired`:
+    files to delete at the commit. `finished`: digests of the keys that are published, of the other
+    kept rows' key and place together, and of the places of damage and of files that are listed by
+    another name. `reread`: of the sources of `retried` that are read whole again. `counts`: records
+    that each container is known to have had, by source.
     """
 
     kept: tuple[str, ...] = ()
+    retried: tuple[str, ...] = ()
     retired: tuple[str, ...] = ()
     finished: Bytes = b""
-    again: Bytes = b""
+    reread: bytes = b""
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def resume(
-    output: str, manifest: Mapping[str, Any] | None, rows: Mapping[str, Any], retry_failures: bool
+    output: str,
+    manifest: Mapping[str, Any] | None,
+    rows: Mapping[str, Any],
+    retry: Iterable[str] | None = None,
 ) -> Resumed:
     """What of `output` is finished: the manifest's files, and whole ones that a killed run left.
 
     `rows` is all that decides what a row holds; RequestError, naming the difference, where the
     files there were made otherwise (beside a manifest only its own files count: what a killed run
-    left is retired then). With `retry_failures` failures count as not finished.
+    left is retired then). Where `retry` is given failures count as not finished: it names the
+    sources of many images that the run will read whole, in which each failure is tried again.
 
     Of each file only footer, keys and places are read: its size tells a file that was cut or
     replaced, page checksums what is read here, and `python -m pipeline.verify` all the rest.
@@ -284,12 +293,16 @@ def resume(
                 "would publish altered rows; restore it, or use --if_exists overwrite"
             )
     kept: list[str] = []
-    finished, again = bytearray(), bytearray()
+    finished = bytearray()
+    retried: list[str] = []
+    failed: set[str] = set()  # sources of these
     counts: dict[str, int] = {}
     for path in whole:
-        if retry_failures and path.startswith(FAILURES):
-            for batch in _column_batches(output, path, sizes[path], _PLACE):
-                again += place_digests(*batch.columns)
+        if retry is not None and path.startswith(FAILURES):
+            if path in listed:
+                retried.append(path)
+                for batch in _column_batches(output, path, sizes[path], ["source"]):
+                    failed.update(batch.column(0).unique().to_pylist())
             continue
         if path not in listed and _DERIVED.search(path):
             continue  # the files it was made of are still there
@@ -324,10 +337,11 @@ def resume(
                     counts[text] = max(counts.get(text, 0), last.as_py() + 1)
     retired = sorted(
         path
-        for path in present.keys() - set(kept)
+        for path in present.keys() - {*kept, *retried}
         if _LEFTOVER.fullmatch(path) and files.abandoned(files.join(output, path))
     )
-    return Resumed(tuple(kept), tuple(retired), finished, again, counts)
+    reread = b"".join(map(key_digest, sorted(failed.intersection(retry or ()))))
+    return Resumed(tuple(kept), tuple(retried), tuple(retired), finished, reread, counts)
 
 
 def _is_damage(key: pa.Array, source: pa.Array) -> pa.Array:
@@ -357,6 +371,44 @@ def _short(value: Any) -> str:
 
 
 # --- settling ----------------------------------------------------------------------------------
+
+
+def _still_failed(
+    run: Publication, failures: Sequence[PartFile], fresh: Sequence[PartFile]
+) -> list[PartFile]:
+    """`failures` of earlier runs without those that this run, which wrote `fresh`, has tried again.
+
+    That is what has its key or place in `fresh`, and whatever was told of a source that was read
+    whole again; but not an image that lost its id to another, as long as that one need not be read.
+    """
+    if not failures:
+        return []
+    keys = DigestSet.of(b"".join(part.keys for part in fresh))
+    found = bytearray()
+    for part in fresh:
+        for batch in _column_batches(run.output, part.path, part.bytes, _PLACE):
+            found += place_digests(*batch.columns)
+    places, reread = DigestSet.of(found), DigestSet.of(run.reread)
+    left = []
+    for number, part in enumerate(failures):
+        dropped: set[int] = set()
+        start = 0
+        names = ["key", *_PLACE, "error_class"]
+        for batch in _column_batches(run.output, part.path, part.bytes, names):
+            rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            dropped.update(
+                row
+                for row, (key, source, index, error_class) in enumerate(rows, start)
+                if key_digest(key) in keys
+                or place_digest(source, index) in places
+                or (error_class != _DUPLICATE and key_digest(source) in reread)
+            )
+            start += batch.num_rows
+        if dropped:
+            name = f"part-{run.run_id}-retried-{number}"
+            part = _without(run.output, part, dropped, name, run.compression)
+        left.append(part)
+    return [part for part in left if part.rows]
 
 
 def settle(
@@ -424,7 +476,7 @@ def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...]) -> Failure:
         source,
         index,
         "read",
-        "DuplicateKey",
+        _DUPLICATE,
         one_line(f"the id {key[:100]} is that of {where[-300:]} too, which keeps it"),
         sha256,
     )
@@ -454,8 +506,9 @@ class Publication:
 
     `replaces`: run id of the manifest that was there when the run began, None where none was.
     `described`: the manifest's fields that are known before the run (options, model, ...).
-    `kept`: data files of earlier runs that stay (resume), relative paths. `retired`: data files
-    of killed runs to delete after the commit.
+    `kept`: data files of earlier runs that stay (resume), relative paths; `retried`: failures of
+    which those stay that were not tried again, and `reread`: digests of the sources that were read
+    whole for it. `retired`: data files of killed runs to delete after the commit.
     """
 
     output: str
@@ -466,6 +519,8 @@ class Publication:
     compression: str
     described: Mapping[str, Any]
     kept: tuple[str, ...] = ()
+    retried: tuple[str, ...] = ()
+    reread: bytes = b""
     retired: tuple[str, ...] = ()
 
 
@@ -517,9 +572,13 @@ def _publish(
             f"{run.output}: {min(gone)} of this run is gone; another run has replaced it, or a "
             "person has deleted it; nothing was published"
         )
-    if lost := set(run.kept) - set(there):
+    if lost := {*run.kept, *run.retried} - set(there):
         raise RunError(f"{run.output}: {min(lost)} is gone, which this run goes on from")
-    kept = [describe_part(run.output, path, there[path], listed.get(path)) for path in run.kept]
+    kept, retried = (
+        [describe_part(run.output, path, there[path], listed.get(path)) for path in paths]
+        for paths in (run.kept, run.retried)
+    )
+    kept += _still_failed(run, retried, fresh)
     earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)
     parts = [*earlier, *new]
     there = _list_parts(run.output)
@@ -529,7 +588,7 @@ def _publish(
     if counts["failures"] > run.max_failure_rate * counts["images"]:
         return _reject(run, new, this_run, ours - set(listed), timing)
     final = {part.path for part in parts}
-    superseded = {*listed, *run.kept, *doomed, *ours} & set(there) | set(run.retired)
+    superseded = {*listed, *run.kept, *run.retried, *doomed, *ours} & set(there) | set(run.retired)
     manifest = _manifest(run, "complete", parts, this_run, superseded - final, timing)
     if _run_id(read_manifest(run.output)) != _run_id(before):  # of a run on a store, just now
         return _publish(run, written, skipped, timing)

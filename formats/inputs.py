@@ -190,6 +190,18 @@ def known_counts(sources: Iterable[Source]) -> dict[str, int]:
     return counts
 
 
+def read_whole(sources: Iterable[Source], output: str) -> Iterator[str]:
+    """The files of many images that `sources` stand for, and those of what failed in `output`.
+
+    Named as in rows. Raises OSError.
+    """
+    for source in sources:
+        if source == Source(output, FAILURES):
+            yield from (failed.source for failed in replay.failed_sources(output))
+        elif source.format not in (IMAGES, FAILURES):
+            yield from (utf8(info.path) or "" for info in files.find(source.pattern))
+
+
 def _shard_lengths(path: str) -> dict[str, list[int]]:
     try:
         told = json.loads(files.read_bytes(path)) if files.is_file(path) else {}

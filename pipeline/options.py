@@ -254,7 +254,9 @@ class Options:
         why="nothing is lost by mistake",
     )
     retry_failures: bool = knob(
-        False, "with resume: try what failed in an earlier run again", action="store_true"
+        False,
+        "with resume: try again what failed in an earlier run and is read in this one",
+        action="store_true",
     )
     rows_per_file: int | None = knob(
         None,

@@ -9,7 +9,7 @@ import importlib.metadata
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -182,11 +182,14 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         raise RequestError(f"--columns: {error}") from None
     resumed = dataset.Resumed()
     if options.if_exists == "resume":
-        resumed = dataset.resume(output, before, rows, options.retry_failures)
+        retry: Iterable[str] | None = None
+        if options.retry_failures:  # a limit may end the run anywhere in a file
+            retry = () if options.limit else inputs.read_whole(sources, output)
+        resumed = dataset.resume(output, before, rows, retry)
     finished = None
-    if resumed.kept and not options.dry_run:
+    if resumed.finished and not options.dry_run:
         finished = files.join(output, dataset.finished_name(run_id))
-        Finished.write(finished, resumed.finished, resumed.again)
+        Finished.write(finished, resumed.finished)
         if not files.is_remote(finished):
             files.NewFile.track(finished)  # an interrupted run takes it along
     return Plan(
@@ -224,6 +227,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
                 "warnings": [hide(warning) for warning in warnings],
             },
             resumed.kept,
+            resumed.retried,
+            resumed.reread,
             # The launcher may have left by then, and with it whoever else would remove this.
             (*resumed.retired, *([os.path.basename(finished)] if finished and workers else [])),
         ),

@@ -429,7 +429,7 @@ def test_what_could_not_be_deleted_never_comes_back(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="busy"):
             commit(overwriting(tmp_path), [write_part(tmp_path, FEATURES, "r2-a", images(0))])
     assert len(files_below(tmp_path)) == 5
-    assert resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS, False).kept == (
+    assert resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS).kept == (
         "features/part-r2-a.parquet",
     )
     part = write_part(tmp_path, FEATURES, "r3-a", images(1))
@@ -612,14 +612,14 @@ def test_a_rejected_run_leaves_its_failures_readable_and_the_old_output_as_it_wa
     rejected = published(tmp_path / folder)  # an output of its own, of failures alone
     assert [row[1] for row in rejected] == ["/in/a#6", "/in/a#7"]
     assert read_manifest(str(tmp_path / folder))["status"] == "too_many_failures"
-    again = resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS, False)
+    again = resume(str(tmp_path), read_manifest(str(tmp_path)), ROWS)
     assert not any("_failed" in path for path in again.retired)
 
 
 # ---------------------------------------------------------------- resuming
 
 
-def resumed(output, rows=ROWS, retry=False):
+def resumed(output, rows=ROWS, retry=None):
     return resume(str(output), read_manifest(str(output)), rows, retry)
 
 
@@ -632,7 +632,7 @@ def keys(images):
 
 
 def test_resuming_nothing(tmp_path):
-    assert resume(str(tmp_path / "new"), None, ROWS, False) == dataset.Resumed()
+    assert resume(str(tmp_path / "new"), None, ROWS) == dataset.Resumed()
 
 
 def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
@@ -657,7 +657,7 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
     )
     (killed,) = images(4)
     assert found.finished == keys(images(3, 0, 1, 2)) + image_digest(*killed)
-    assert found.again == b""
+    assert (found.retried, found.reread) == ((), b"")
     run = publication(
         tmp_path, "r3", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
     )
@@ -673,16 +673,71 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
 
 def test_failures_that_are_tried_again_are_replaced(tmp_path):
     first_run(tmp_path)
-    found = resumed(tmp_path, retry=True)
-    assert found.kept == ("features/part-r1-a.parquet",)
-    assert found.finished == keys(images(0, 1, 2))
-    assert found.again == places(images(3))
-    run = publication(
-        tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
-    )
-    verdict = commit(run, [write_part(tmp_path, FEATURES, "r2-a", images(3))], skipped=3)
+    verdict = retried(tmp_path, [(FEATURES, images(3))], ["/in/a"])
     assert verdict["run"] == {"images": 4, "features": 1, "failures": 0, "skipped": 3}
     assert published(tmp_path) == good(0, 1, 2, 3)
+    assert len(files_below(tmp_path)) == 4
+
+
+def retried(output, fresh, reread=()):
+    """A run r2 that tries failures again, and reads `reread` whole; it writes `fresh`."""
+    found = resumed(output, retry=reread)
+    assert found.kept == ("features/part-r1-a.parquet",)
+    assert found.retried == ("failures/part-r1-b.parquet",)
+    assert found.finished == keys(images(0, 1, 2))
+    run = publication(
+        output, "r2", if_exists="resume", replaces="r1", max_failure_rate=1, kept=found.kept,
+        retried=found.retried, reread=found.reread, retired=found.retired,
+    )  # fmt: skip
+    parts = [write_part(output, kind, f"r2-{n}", rows) for n, (kind, rows) in enumerate(fresh)]
+    verdict = commit(run, parts, skipped=3)
+    assert commit(run, parts, skipped=3) == verdict
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("failure", "fresh", "reread", "stays"),
+    [
+        (("/in/a#3", "/in/a", 3), [], [], True),  # not read again: another input, a limit
+        (("/in/b", "/in/b", None), [], ["/in/a"], True),  # the file is gone
+        (("/in/b", "/in/b", None), [(FEATURES, [("/in/b", "/in/b", None)])], [], False),
+        (("/in/b", "/in/b", None), [(FAILURES, [("/in/b", "/in/b", None)])], [], False),
+        (("id", "/in/a", 3), [(FEATURES, [("id", "/in/a", 5)])], [], False),  # it has moved
+        (("id", "/in/a", 3), [(FEATURES, [("other", "/in/a", 3)])], [], False),  # mended
+        (("id", "/in/a", 3), [(FEATURES, [("other", "/in/a", 5)])], [], True),
+        (("/in/a@99", "/in/a", 3), [(FEATURES, images(3))], [], False),
+        (("/in/a@99", "/in/a", 3), [], ["/in/a"], False),  # there is no more damage
+        (("/in/a@99", "/in/a", 3), [], ["/in"], True),
+        (("/in/a", "/in/a", None), [], ["/in/a"], False),  # the whole of it could not be read
+    ],
+)
+def test_a_failure_stays_unless_it_is_tried_again(tmp_path, failure, fresh, reread, stays):
+    parts = [
+        write_part(tmp_path, FEATURES, "r1-a", images(0, 1, 2)),
+        write_part(tmp_path, FAILURES, "r1-b", [failure, ("else", "/else", 7)]),
+    ]
+    commit(publication(tmp_path, "r1"), parts)
+    retried(tmp_path, fresh, reread)
+    new = [image[0] for _, rows in fresh for image in rows]
+    expected = ["else", *new, *(["/in/a#0", "/in/a#1", "/in/a#2"])] + [failure[0]] * stays
+    assert sorted(row[1] for row in published(tmp_path)) == sorted(expected)
+    named = [entry["path"] for entry in read_manifest(str(tmp_path))["files"]]
+    assert files_below(tmp_path) == sorted(["_SUCCESS", "manifest.json", *named])
+
+
+def test_an_image_that_lost_its_id_stays_where_the_other_is_not_read_again(tmp_path):
+    twice = [*images(0, 1, 2), ("/in/a#0", "/in/b", 5)]
+    commit(publication(tmp_path, "r1"), [write_part(tmp_path, FEATURES, "r1-a", twice)])
+    before = published(tmp_path)
+    found = resumed(tmp_path, retry=["/in/b"])
+    run = publication(
+        tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retried=found.retried,
+        reread=found.reread,
+    )  # fmt: skip
+    assert found.reread == key_digest("/in/b")
+    commit(run, [], skipped=4)
+    assert published(tmp_path) == before
+    assert [row[4] for row in before] == ["DuplicateKey", None, None, None]
 
 
 def test_an_id_that_a_later_run_brings_again_is_settled_with_the_earlier_rows(tmp_path):

@@ -628,6 +628,44 @@ def test_an_output_around_the_input_hides_none_of_it(tmp_path, job):
     assert "earlier run wrote" not in ran.stderr
 
 
+def test_failures_that_are_not_read_again_stay(tmp_path, job):
+    for name in "abc":
+        write_pictures(tmp_path / name, {"0.jpg": jpeg(), "bad.jpg": b"nothing"})
+    folders = [tmp_path / name for name in "abc"]
+    flags = {"max_failure_rate": 1, "if_exists": "resume"}
+    job(*folders, **flags)
+    for folder in folders[:2]:
+        write_pictures(folder, {"bad.jpg": jpeg(50, 50)})
+    (tmp_path / "c" / "bad.jpg").unlink()
+    for inputs, more, failures in (
+        (folders[:1], {"limit": 1}, 3),
+        (folders[:1], {}, 2),
+        (folders, {}, 1),  # of the file that is gone
+    ):
+        ran = job(*inputs, retry_failures=True, **flags, **more)
+        counts = {"images": 6, "features": 6 - failures, "failures": failures}
+        assert ran.manifest["counts"] == counts
+        assert_true_manifest(ran)
+
+
+def test_damage_is_forgotten_once_its_file_is_whole(tmp_path, job):
+    path = damaged(tmp_path / "data")
+    with path.open("ab") as stream:
+        stream.write(b"junk at the end")
+    flags = {"max_failure_rate": 1, "if_exists": "resume"}
+    assert len(job(path, **flags).rows("failures")) == 2
+    listing = tmp_path / "list.csv"
+    listing.write_text("uri,label\na,1,2\n")
+    assert len(job(path, listing, **flags).rows("failures")) == 3
+    write_tfrecord(path, [{"image/encoded": data} for data in different(3).values()])
+    write_pictures(tmp_path, {"a": jpeg()})
+    listing.write_text("uri,label\na,1\n")
+    ran = job(path, listing, retry_failures=True, **flags)
+    assert sorted(ran.rows("features")) == sorted(["a", *(f"{path}#{n}" for n in range(3))])
+    assert ran.rows("failures") == {}
+    assert_true_manifest(ran)
+
+
 def test_resume_knows_ids_in_other_shards(tmp_path, job):
     examples = [{"image/encoded": d, "id": n.encode()} for n, d in different(4).items()]
     job(write_tfrecord(tmp_path / "a-00000-of-00001", examples), id_key="id")

@@ -373,7 +373,7 @@ def test_what_is_finished_is_not_read_again(tmp_path):
     finished = str(tmp_path / "finished")
     image = str(tmp_path / "a.jpg")
     done = key_digest("p1") + key_digest("p2") + place_digest(image, None) + place_digest(image, 1)
-    Finished.write(finished, done, b"")
+    Finished.write(finished, done)
     source = [Source(path, MANIFEST)]
     out = pipe([source], ReadImages(Reading(ExampleKeys(id="id")), finished=finished))
     assert [record.ref.key for record in out.images] == ["p3"]  # though its file was read before

@@ -408,7 +408,7 @@ def test_what_is_finished_is_skipped_and_counted(tmp_path, monkeypatch):
     t, i = tmp_path / "t", tmp_path / "i"
     done = [(f"{t}/a", 0), (f"{t}/b", 1), (f"{i}/x", None), (f"{i}/y", None), ("elsewhere", 0)]
     finished = str(tmp_path / "f")
-    Finished.write(finished, b"".join(place_digest(*place) for place in done), b"")
+    Finished.write(finished, b"".join(place_digest(*place) for place in done))
     opened = []
     read_bytes = files.read_bytes
     monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
@@ -465,17 +465,16 @@ def test_finished_knows_places_of_images_without_an_id():
         assert at(source, index) not in finished
 
 
-def test_finished_knows_published_keys_but_for_what_is_tried_again(tmp_path):
+def test_finished_knows_published_keys(tmp_path):
     path = str(tmp_path / "f")
     done = key_digest("id") + key_digest("old#0") + image_digest("mine", "killed", 0)
-    Finished.write(path, done, place_digest("loser", 3))
+    Finished.write(path, done)
     finished = Finished.read(path)
     assert at("old", 0) in finished
     assert record("old", 0, key="other") not in finished  # a new image where another was before
     assert record("killed", 0, key="mine") in finished
     assert record("killed", 1, key="mine") not in finished  # not published: the id is still free
     assert record("elsewhere", 7, key="id") in finished  # the same data under another name
-    assert record("loser", 3, key="id") not in finished  # a DuplicateKey failure, to be told again
     assert record("elsewhere", 7, key="new") not in finished
     assert record("elsewhere", 7, key="id") not in Finished.read(None)
 

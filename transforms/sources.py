@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from formats import containers, example, inputs, listing, tfrecord
-from formats.digests import DIGEST_BYTES, Bytes, DigestSet, image_digest, key_digest, place_digest
+from formats.digests import Bytes, DigestSet, image_digest, key_digest, place_digest
 from formats.fields import Found, refer, too_many_bytes
 from formats.inputs import Source, Unit
 from formats.listing import Entry
@@ -218,28 +218,18 @@ READERS = {
 class Finished:
     """What need not be done: digests of places and keys (see `formats.dataset.Resumed`)."""
 
-    def __init__(self, finished: DigestSet | None = None, again: DigestSet | None = None):
+    def __init__(self, finished: DigestSet | None = None):
         self._finished = DigestSet.of(b"") if finished is None else finished
-        self._again = DigestSet.of(b"") if again is None else again
 
     @classmethod
     def read(cls, path: str | None) -> Finished:
         """What `write` put at `path`; nothing for None. Local files stay on the disk."""
-        if path is None:
-            return cls()
-        data = _mapped(path)
-        end = 8 + int.from_bytes(data[:8].tobytes(), "little") * DIGEST_BYTES
-        return cls(DigestSet.stored(data[8:end]), DigestSet.stored(data[end:]))
+        return cls() if path is None else cls(DigestSet.stored(_mapped(path)))
 
     @staticmethod
-    def write(path: str, finished: Bytes, again: Bytes) -> None:
-        """Store the digests for the workers."""
-        pieces = [
-            (len(finished) // DIGEST_BYTES).to_bytes(8, "little"),
-            *DigestSet.of(finished).store(),
-            *DigestSet.of(again).store(),
-        ]
-        files.write_pieces(path, pieces)
+    def write(path: str, finished: Bytes) -> None:
+        """Store the digests, one at least, for the workers."""
+        files.write_pieces(path, DigestSet.of(finished).store())
 
     def __contains__(self, item: ImageRecord | Failure) -> bool:
         at = item if isinstance(item, Failure) else item.ref
@@ -253,10 +243,7 @@ class Finished:
         With `has_id` the key is the image's own, wherever it lies: what was at its place says
         nothing then.
         """
-        place = place_digest(source, index)
-        if place in self._again:
-            return False
-        if not has_id and place in self._finished:
+        if not has_id and place_digest(source, index) in self._finished:
             return True
         keys = {key} if has_id else {key, place_key(source, index)}
         return any(
