@@ -31,6 +31,7 @@ from formats.digests import (
     place_digest,
     place_digests,
     repeated_rows,
+    standing,
 )
 from formats.records import Failure, one_line, place_key
 from storage import files, steady
@@ -417,7 +418,8 @@ def settle(
     """`kept` (of earlier runs) and `fresh` (of this one) with each key once in both together.
 
     Of images with one id the smallest (source, index) keeps it, and the others become failures of
-    class DuplicateKey under `source#index`. Copies of one image, which a retried bundle leaves,
+    class DuplicateKey under `source#index`, with `#2` or more after it where that is another's key.
+    Copies of one image, which a retried bundle leaves,
     are dropped but one, features before failures. Files that lose rows are written anew as
     `part-NAME-...`.
     """
@@ -436,14 +438,18 @@ def settle(
             rows.append((*at, row["sha256"]))
     rows.sort(key=lambda row: row[:6])
     dropped: dict[int, set[int]] = {}
-    losers: tuple[list[Failure], list[Failure]] = ([], [])  # of earlier runs, of this one
+    lost = []  # (row, who keeps its key)
     for before, row in zip([None, *rows[:-1]], rows, strict=True):
         if before is None or before[0] != row[0]:
             winner = row
             continue
         dropped.setdefault(row[4], set()).add(row[5])
         if row[1:3] != before[1:3]:
-            losers[row[4] >= len(kept)].append(_duplicate(row, winner))
+            lost.append((row, winner))
+    losers: tuple[list[Failure], list[Failure]] = ([], [])  # of earlier runs, of this one
+    free = _free_keys([_place_key(row) for row, _ in lost], [part.keys for part in parts])
+    for new_key, (row, winner) in zip(free, lost, strict=True):
+        losers[row[4] >= len(kept)].append(_duplicate(row, winner, new_key))
     settled: tuple[list[PartFile], list[PartFile]] = ([], [])
     for index, part in enumerate(parts):
         if index in dropped:
@@ -467,14 +473,34 @@ def _failure_schema_like(output: str, part: PartFile) -> pa.Schema:
     return table.failure_schema({k.decode(): v.decode() for k, v in metadata.items()})
 
 
-def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...]) -> Failure:
-    key, source, place, *_, sha256 = row  # as `settle` holds them
-    index = None if place < 0 else place
-    where = place_key(winner[1], winner[2] if winner[2] >= 0 else None)
+def _free_keys(wanted: Sequence[str], taken: Sequence[Bytes]) -> list[str]:
+    """`wanted`, where that is among the digests `taken` or stood before with `#2` or more added."""
+    found: dict[int, str] = {}
+    given: set[str] = set()
+    number = 0
+    while len(found) < len(wanted):
+        number += 1
+        end = f"#{number}" if number > 1 else ""
+        tried = {at: key + end for at, key in enumerate(wanted) if at not in found}
+        there = standing([key_digest(key) for key in tried.values()], taken)
+        for at, key in tried.items():
+            if key not in given and key_digest(key) not in there:
+                given.add(key)
+                found[at] = key
+    return [found[at] for at in range(len(wanted))]
+
+
+def _place_key(row: tuple[Any, ...]) -> str:
+    return place_key(row[1], None if row[2] < 0 else row[2])  # as `settle` holds them
+
+
+def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...], new_key: str) -> Failure:
+    key, source, place, *_, sha256 = row
+    where = _place_key(winner)
     return Failure(
-        place_key(source, index),
+        new_key,
         source,
-        index,
+        None if place < 0 else place,
         "read",
         _DUPLICATE,
         one_line(f"the id {key[:100]} is that of {where[-300:]} too, which keeps it"),

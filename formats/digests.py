@@ -6,7 +6,7 @@ A place is an image's source and record index.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +124,19 @@ def repeated_rows(files: Sequence[Bytes]) -> dict[int, list[int]]:
     ):
         found.setdefault(index, []).append(row)
     return found
+
+
+def standing(wanted: Collection[bytes], files: Sequence[Bytes]) -> set[bytes]:
+    """Which of the digests `wanted` stand in `files`, each the digests of a file."""
+    wanted = set(wanted)
+    if not wanted:
+        return wanted
+    firsts = np.unique(_halves(b"".join(wanted)).reshape(-1, 2)[:, 0])
+    found = set()
+    for digests in files:
+        for row in np.flatnonzero(_among(_halves(digests)[::2], firsts)).tolist():
+            found.add(bytes(digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES]))
+    return found & wanted
 
 
 def _among(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

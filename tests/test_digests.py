@@ -21,6 +21,7 @@ from formats.digests import (
     place_digest,
     place_digests,
     repeated_rows,
+    standing,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -72,6 +73,12 @@ def test_rows_that_stand_twice(files):
         if (rows := [row for row, digest in enumerate(digests) if counts[digest] > 1])
     }
     assert repeated_rows([b"".join(digests) for digests in files]) == expected
+
+
+@given(st.lists(st.lists(NEAR, max_size=8), max_size=5), st.lists(NEAR))
+def test_which_digests_stand_in_files(files, wanted):
+    there = {digest for digests in files for digest in digests}
+    assert standing(wanted, [b"".join(digests) for digests in files]) == there & set(wanted)
 
 
 def test_rows_are_only_looked_at_singly_where_they_may_stand_twice():

@@ -53,7 +53,7 @@ class Expected:
 # --- drawing an input --------------------------------------------------------------------------
 
 contents = st.one_of(st.sampled_from(GOOD), st.sampled_from(GOOD), st.sampled_from(BAD))
-ids = st.one_of(st.none(), st.sampled_from(["a", "b", "c", "d"]))
+ids = st.one_of(st.none(), st.sampled_from(["a", "b", "c", "d", "#0", "#1", "@0"]))  # see Inputs
 record = st.tuples(st.one_of(st.none(), contents), ids)
 damage = st.sampled_from(["none", "none", "payload", "length", "cut", "junk"])
 folder_of_files = st.tuples(st.just("files"), st.lists(contents, min_size=1, max_size=6), damage)
@@ -90,7 +90,10 @@ how = st.fixed_dictionaries(
 
 
 class Inputs:
-    """Draws become files below `folder`, and what is expected of them."""
+    """Draws become files below `folder`, and what is expected of them.
+
+    An id that begins with a mark is what such an image of its file is called without one.
+    """
 
     def __init__(self, folder: Path, id_key: str | None):
         self.folder = folder
@@ -115,6 +118,9 @@ class Inputs:
         self.patterns.append(path)
 
     def tfrecord(self, path: Path, drawn: list, harm: str) -> None:
+        # A name tells what an empty or damaged file was.
+        path = path.with_suffix(".tfrecord")
+        drawn = with_full_ids(path, drawn)
         frames = []
         for data, name in drawn:
             features = {} if data is None else {"image/encoded": data}
@@ -139,8 +145,6 @@ class Inputs:
                     raw[at:] = [whole[:-3]]
                 reached = reached[:at]
             places = [at]
-        # A name tells what an empty or damaged file was.
-        path = path.with_suffix(".tfrecord")
         path.write_bytes(b"".join(raw))
         self.patterns.append(path)
         for index in reached:
@@ -152,10 +156,11 @@ class Inputs:
             self.damaged = True
 
     def parquet(self, path: Path, drawn: list, harm: str) -> None:
+        path = path.with_suffix(".parquet")
+        drawn = with_full_ids(path, drawn)
         columns = {"image/encoded": pa.array([data for data, _ in drawn], pa.binary())}
         if self.id_key:
             columns["id"] = pa.array([name for _, name in drawn], pa.string())
-        path = path.with_suffix(".parquet")
         pq.write_table(pa.table(columns), path)
         self.patterns.append(path)
         for index, (data, name) in enumerate(drawn):
@@ -197,6 +202,10 @@ class Inputs:
         places = {(image.source, image.index) for image in self.images}
         assert len(places) == len(self.images)
         return places, {key for key, image in first.items() if image.good}
+
+
+def with_full_ids(path: Path, drawn: list) -> list:
+    return [(data, f"{path}{name}" if name and name[0] in "#@" else name) for data, name in drawn]
 
 
 # --- the law -----------------------------------------------------------------------------------
@@ -319,6 +328,19 @@ HOSTILE = [
     "\u202e",
     "a" * 999,
 ]
+
+
+def test_an_id_may_be_what_another_image_is_called(tmp_path):
+    """Those that lose their id to another get a key of their own, and are known by the next run."""
+    names = ["#1", None, "#1", "#0", "#0", "#4#2", "@0", "#1#2"]
+    found = Inputs(tmp_path, "id")
+    found.add("parquet", [(GOOD[n % 4], name) for n, name in enumerate(names)], "")
+    found.add("tfrecord", [(GOOD[n % 4], name) for n, name in enumerate(["@0", *names])], "junk")
+    how = {"max_failure_rate": 1, "if_exists": "resume"}
+    for skipped in (0, len(found.images)):
+        ran = run(found, tmp_path / "_out", **how)
+        assert (ran.code, ran.line["skipped"]) == (0, skipped), ran.stderr
+        check_rows(found, assert_whole(tmp_path / "_out"))
 
 
 def test_keys_never_become_paths(tmp_path):
