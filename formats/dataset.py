@@ -328,10 +328,13 @@ def resume(
                 finished += image_digests(key, source, index)
             # Not of a record with an id: it may have moved, and another stand in its place.
             known = pc.and_(pc.is_null(index), pc.not_equal(key, source.cast(pa.string())))
+            records = pa.table({"source": source, "index": index})
             if path.startswith(FAILURES):
-                known = pc.or_(known, _is_damage(key, source))
+                damage = _is_damage(key, source)
+                known = pc.or_(known, damage)
+                records = records.filter(pc.invert(damage))  # which may lie behind the last one
             finished += place_digests(source.filter(known), index.filter(known))
-            most = pa.table({"source": source, "index": index}).group_by("source")
+            most = records.group_by("source")
             for name, last in zip(*most.aggregate([("index", "max")]).columns, strict=True):
                 if last.is_valid:
                     text = name.as_py()

@@ -900,6 +900,8 @@ def test_how_many_records_a_container_had(tmp_path):
     rows = [("x", "a", 7), ("y", "a", 3), ("z", "b", None), ("v", "c", 0)]
     write_part(tmp_path, FEATURES, "r1-a", rows)
     assert resumed(tmp_path).counts == {"a": 8, "c": 1}
+    write_part(tmp_path, FAILURES, "r1-b", [("c@99", "c", 3), ("id", "a", 9)])
+    assert resumed(tmp_path).counts == {"a": 10, "c": 1}  # damage is none: it may follow the last
 
 
 def test_the_temporary_of_a_run_that_is_alive_is_left_alone(tmp_path):
