@@ -363,7 +363,7 @@ def _is_older(path: str, run_id: str) -> bool:
 def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str | None:
     """What was different when a file with `metadata` was made: its name, then and now."""
     there = json.loads(metadata.get(ROW_META.encode(), b"{}"))
-    for name, value in json.loads(json.dumps(rows)).items():
+    for name, value in json.loads(json.dumps(table.utf8_within(rows))).items():
         if there.get(name) != value:
             return f"{name} ({_short(there.get(name))}, now {_short(value)})"
     return None
@@ -652,7 +652,7 @@ def _manifest(
 
 
 def _write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    text = json.dumps(table.utf8_within(manifest), indent=1, ensure_ascii=False)
     files.write_bytes(files.join(folder, "manifest.json"), text.encode())
 
 

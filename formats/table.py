@@ -166,6 +166,15 @@ def utf8(text: str | None) -> str | None:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def utf8_within(value: Any) -> Any:
+    """`value`, as JSON holds it, with `utf8` done to all text in it."""
+    if isinstance(value, Mapping):
+        return {utf8_within(name): utf8_within(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [utf8_within(item) for item in value]
+    return utf8(value) if isinstance(value, str) else value
+
+
 def parquet_writer(sink: BinaryIO, schema: pa.Schema, compression: str) -> pq.ParquetWriter:
     """A writer with page checksums. Vectors get neither dictionary nor statistics: both are waste.
 
@@ -186,5 +195,5 @@ def metadata_text(values: Mapping[str, Any]) -> dict[str, str]:
     """`values` as schema metadata: text as it is, everything else as JSON with sorted keys."""
     return {
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        for name, value in values.items()
+        for name, value in utf8_within(values).items()
     }

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -353,6 +354,22 @@ def test_limit_stops_early(tmp_path, job):
     write_tfrecord(tmp_path / "r", [{"image/encoded": d} for d in different(6).values()])
     assert job(folder, limit=4, output=tmp_path / "a").line["images"] == 4
     assert job(tmp_path / "r", limit=4, output=tmp_path / "b").line["images"] == 4
+
+
+def test_names_that_are_no_utf8_are_written_as_text(tmp_path, job):
+    """In the rows, in the manifest's options and in its warnings."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_pictures(folder, different(1))
+    write_tfrecord(folder / "r" / "a-00000-of-00002", [{"image/encoded": jpeg()}])
+    ran = job(folder / "0.jpg", folder / "r")
+    told = str(tmp_path / r"caf\xe9")
+    assert (ran.code, ran.line["features"]) == (0, 2), ran.stderr
+    assert list(ran.rows("features")) == [f"{told}/0.jpg", f"{told}/r/a-00000-of-00002#0"]
+    assert ran.manifest["options"]["input"] == [f"{told}/0.jpg", f"{told}/r"]
+    assert ran.manifest["warnings"][0].startswith(f"{told}/r/a-00001-of-00002: ")
+    again = job(folder / "0.jpg", folder / "r", if_exists="resume")
+    assert (again.code, again.line["skipped"]) == (0, 2), again.stderr
+    assert verify.main([str(ran.output)]) == 0
 
 
 def test_rows_per_file(tmp_path, job):

@@ -239,6 +239,9 @@ def test_failures_have_the_columns_of_the_contract():
 
 def test_metadata_is_text():
     values = {"text": "as it is", "map": {"b": 1, "a": [True, None]}}
+    path = {"path": "caf\udce9", "map": {"caf\udce9": ["\udce9"]}}  # bytes that are no UTF-8
+    told = {"path": r"caf\xe9", "map": r'{"caf\\xe9": ["\\xe9"]}'}
+    assert table.metadata_text(path) == told
     assert table.metadata_text(values) == {"text": "as it is", "map": '{"a": [true, null], "b": 1}'}
 
 
