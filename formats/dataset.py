@@ -9,6 +9,7 @@ _failed/RUN_ID/          what a run left that had too many failures
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -42,6 +43,7 @@ FORMAT_VERSION = 1
 FEATURES, FAILURES = "features", "failures"
 _BATCH_ROWS = 1 << 16  # rows whose key is held as text at once
 _COPY_BYTES = 1 << 20
+_TOLD, _SHORT = 5, 40  # differences that are told of, and characters of a value in them
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
 _DERIVED = re.compile(r"-((settled|retried)-\d+|duplicates-\w+)\.parquet$")  # made of others
 _BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
@@ -361,17 +363,33 @@ def _is_older(path: str, run_id: str) -> bool:
 
 
 def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str | None:
-    """What was different when a file with `metadata` was made: its name, then and now."""
+    """What was different when a file with `metadata` was made: each name, then and now."""
     there = json.loads(metadata.get(ROW_META.encode(), b"{}"))
-    for name, value in json.loads(json.dumps(table.utf8_within(rows))).items():
-        if there.get(name) != value:
-            return f"{name} ({_short(there.get(name))}, now {_short(value)})"
-    return None
+    now = json.loads(json.dumps(table.utf8_within(rows)))
+    told = [
+        f"{name[:_SHORT]} ({_short(old)}, now {_short(new)})"
+        for part, value in now.items()
+        for name, old, new in _differences(part, there.get(part), value)
+    ]
+    more = [f"{len(told) - _TOLD} more"] if len(told) > _TOLD else []
+    return ", ".join(told[:_TOLD] + more) or None
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two values as JSON holds them, down to the leaves: name, old, new."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(f"{old}{new}") > _SHORT:
+        for at, (one, other) in enumerate(itertools.zip_longest(old, new)):
+            yield from _differences(f"{name}[{at}]", one, other)
+    elif old != new:
+        yield name, old, new
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= _SHORT else text[: _SHORT - 3] + "..."
 
 
 # --- settling ----------------------------------------------------------------------------------

@@ -789,6 +789,10 @@ def test_an_id_that_a_later_run_brings_again_is_settled_with_the_earlier_rows(tm
     [
         ({**ROWS, "model": "m2"}, r'another model \("m1", now "m2"\)'),
         ({**ROWS, "x": [1]}, r"another x \(null, now \[1\]\)"),
+        (
+            {**ROWS, "top_k": 3, "model": "m" * 99},
+            rf'another model \("m1", now "{"m" * 36}\.\.\.\), top_k \(0, now 3\); one output',
+        ),
     ],
 )
 def test_other_options_are_refused_naming_the_difference(tmp_path, rows, named):
@@ -799,6 +803,31 @@ def test_other_options_are_refused_naming_the_difference(tmp_path, rows, named):
     with pytest.raises(RequestError, match=f"--if_exists resume: .*{named}") as caught:
         resumed(tmp_path, rows)
     assert "\n" not in str(caught.value)
+
+
+def test_the_difference_is_told_down_to_the_leaf():
+    """However much that is alike lies beside it, in whatever order, and within a line."""
+    there = {
+        "preprocessing": {"fit": "stretch", "range": [0, 1], "formats": list("abcdef") * 9},
+        "class_names": [str(n) for n in range(1000)],
+        "keys": ["image", None],
+    }
+    now = json.loads(json.dumps(there, sort_keys=True))
+    now["preprocessing"]["fit"] = "pad"
+    now["preprocessing"]["formats"][53] = "x"
+    now["class_names"].append("more")
+    now["keys"][1] = "id"
+    text = {dataset.ROW_META.encode(): json.dumps(there).encode()}
+    assert dataset._other_rows(text, now) == (
+        'class_names[1000] (null, now "more"), keys (["image", null], now ["image", "id"]), '
+        'preprocessing.fit ("stretch", now "pad"), preprocessing.formats[53] ("f", now "x")'
+    )
+    assert dataset._other_rows(text, there) is None
+    now["class_names"] = ["x" * 300] * 1000
+    now["preprocessing"] = {}
+    told = dataset._other_rows(text, now)
+    assert told.endswith(", 999 more")
+    assert len(told) < 700
 
 
 def test_a_killed_run_of_other_options_does_not_lock_a_published_output(tmp_path):
