@@ -50,6 +50,15 @@ _BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
 _PART = re.compile(r"(features|failures)/part-[^/]*\.parquet")
 _PLACE = ["source", "record_index"]
 _DUPLICATE = "DuplicateKey"
+# What is relied on of a manifest, and of each file in it.
+_FIELDS: dict[str, type] = {
+    "run_id": str,
+    "status": str,
+    "counts": dict,
+    "run": dict,
+    "files": list,
+}
+_ENTRY: dict[str, type] = {"path": str, "rows": int, "bytes": int, "sha256": str}
 _LEFTOVER = re.compile(
     r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
 )
@@ -142,15 +151,30 @@ def read_manifest(output: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(steady.read_bytes(path))
-        newer = (version := manifest["format_version"]) > FORMAT_VERSION
+        check_version(path, manifest)
+        for fields, types in [(manifest, _FIELDS), *((e, _ENTRY) for e in manifest["files"])]:
+            for name, kind in types.items():
+                if not isinstance(fields[name], kind):
+                    raise TypeError(f"{name} is no {kind.__name__}")
     except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{path}: not a manifest ({type(error).__name__}: {str(error)[:200]}); its data cannot "
+            "be read"
+        ) from None
+    return dict(manifest)
+
+
+def check_version(path: str, manifest: Mapping[str, Any]) -> None:
+    """Raise RequestError unless this program reads the version of the manifest at `path`."""
+    try:
+        newer = (version := manifest["format_version"]) > FORMAT_VERSION
+    except (KeyError, TypeError) as error:
         raise RequestError(f"{path}: not a manifest ({error}); its data cannot be read") from None
     if newer:
         raise RequestError(
             f"{path}: format_version {version} is newer than {FORMAT_VERSION}, which this version "
             "reads; use a newer version of this program"
         )
-    return dict(manifest)
 
 
 def open_part(output: str, path: str, size: int | None = None) -> pq.ParquetFile:

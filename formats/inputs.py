@@ -326,7 +326,7 @@ class _Listed:
 
 def _failed_units(output: str, keys: ExampleKeys) -> Iterator[Unit]:
     """The failures of an output as work: records by index, what damage hid, and single files."""
-    before = replay.manifest_of(output)["options"].get("input_format", "auto")
+    before = replay.manifest_of(output).get("options", {}).get("input_format", "auto")
     entries: list[Entry] = []
     for failed in replay.failed_sources(output):
         info, kind = _format_of(failed, before)

@@ -49,7 +49,7 @@ def manifest_of(output: str) -> Mapping[str, Any]:
 
 def count_failures(output: str) -> int:
     """How many failures the manifest of `output` tells of. Raises RequestError."""
-    return int(manifest_of(output)["counts"][FAILURES])
+    return int(manifest_of(output)["counts"].get(FAILURES, 0))
 
 
 def failed_sources(output: str) -> Iterator[Failed]:

@@ -79,7 +79,7 @@ def _manifest(output: str, problem: Tell) -> dict[str, Any] | None:
             raise RequestError(f"{path}: not a manifest ({error})") from None
         problem(f"manifest.json: cannot be read as JSON ({error})")
         return None
-    dataset.read_manifest(output)  # whose complaint is about the version, or that it is another's
+    dataset.check_version(path, manifest)
     wrong = _wrong_shape(manifest)
     if wrong:
         problem(f"manifest.json: {wrong}")

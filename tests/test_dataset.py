@@ -965,6 +965,12 @@ def test_files_that_are_no_parquet_are_not_whole(tmp_path, data):
     assert list(whole_parts(str(tmp_path))) == [part.path]
 
 
+MANIFEST = (
+    '{"format_version": 1, "run_id": "r", "status": "complete", "counts": {}, "run": {}, '
+    '"files": %s}'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -974,6 +980,15 @@ def test_files_that_are_no_parquet_are_not_whole(tmp_path, data):
         ('{"name": "a web app"}', "not a manifest"),
         ('{"format_version": "1"}', "not a manifest"),
         ('{"format_version": 2}', "format_version 2 is newer than 1"),
+        ('{"format_version": 1}', "not a manifest .*'files'"),
+        ('{"format_version": 1, "files": 3}', "not a manifest"),
+        ('{"format_version": 1, "files": []}', "not a manifest .*'run_id'"),
+        (MANIFEST % "null", "not a manifest .TypeError: .*"),
+        (MANIFEST % '[{"path": "features/a"}]', "not a manifest .*'rows'"),
+        (
+            MANIFEST % '[{"path": "a", "rows": 1, "bytes": "2", "sha256": ""}]',
+            "not a manifest .*bytes is no int",
+        ),
     ],
 )
 def test_manifests_that_cannot_be_used(tmp_path, text, said):

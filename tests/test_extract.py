@@ -603,6 +603,18 @@ def test_an_existing_output_is_refused(tmp_path, job):
     assert "--if_exists" in ran.stderr
 
 
+def test_a_manifest_of_something_else_is_a_wrong_request(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    write_pictures(tmp_path / "out", {"manifest.json": b'{"format_version": 1}'})
+    for source, flags in (
+        (folder, {"if_exists": "resume"}),
+        (tmp_path / "out", {"input_format": "failures", "output": tmp_path / "other"}),
+    ):
+        ran = job(source, **flags)
+        assert (ran.code, ran.line) == (2, None)
+        assert "not a manifest" in ran.stderr
+
+
 def test_overwrite_leaves_only_the_new(tmp_path, job):
     job(write_pictures(tmp_path / "in", different(4)), rows_per_file=1)
     ran = job(write_pictures(tmp_path / "other", different(2)), if_exists="overwrite")
