@@ -60,7 +60,7 @@ _FIELDS: dict[str, type] = {
 }
 _ENTRY: dict[str, type] = {"path": str, "rows": int, "bytes": int, "sha256": str}
 _LEFTOVER = re.compile(
-    r"(features|failures)/part-[^/]*|((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
+    r"(features|failures)/part-[^/]*|(_failed/[^/]+/)?((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
 )
 
 

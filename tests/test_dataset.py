@@ -7,6 +7,8 @@ import gc
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -1035,8 +1037,19 @@ def plan_reject(output):
     return run, [*parts, write_part(output, FAILURES, "r2-c", images(8, 9))], 0
 
 
+def go_on(output, skipped=0):
+    """A run r9 that resumes, and finds nothing new."""
+    found = resumed(output)
+    manifest = read_manifest(str(output))
+    replaces = manifest["run_id"] if manifest else None
+    run = publication(
+        output, "r9", if_exists="resume", replaces=replaces, kept=found.kept, retired=found.retired
+    )
+    return commit(run, [], skipped)
+
+
 class Kill(BaseException):
-    """The process is gone."""
+    """The process is to end; handlers still run, unlike in `dying`."""
 
 
 class Disk:
@@ -1103,17 +1116,25 @@ def test_a_run_that_is_killed_in_its_commit_can_be_resumed(tmp_path, monkeypatch
             Disk(patch, lambda: None, at)
             with pytest.raises(Kill):
                 commit(run, parts, skipped)
-        found = resumed(output)
-        manifest = read_manifest(str(output))
-        replaces = manifest["run_id"] if manifest else None
-        again = publication(
-            output, "r9", if_exists="resume", replaces=replaces, kept=found.kept,
-            retired=found.retired,
-        )  # fmt: skip
-        verdict = commit(again, [], len(new))
+        verdict = go_on(output, len(new))
         assert verdict["run"] == {
             "images": len(new), "features": 0, "failures": 0, "skipped": len(new),
         }  # fmt: skip
         assert published(output) == new
         named = {entry["path"] for entry in read_manifest(str(output))["files"]}
         assert set(files_below(output)) == named | {"_SUCCESS", "manifest.json"}
+
+
+@pytest.mark.parametrize("plan", ["plan_first", "plan_overwrite", "plan_resume", "plan_reject"])
+def test_a_process_that_ends_anywhere_in_its_commit(tmp_path, plan):
+    """os._exit before and after every open, close, rename, deletion and sync of the commit.
+
+    A reader sees the whole old or the whole new output; a retry and a resumed run complete it, and
+    leave nothing besides, temporaries included.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("dying.py")), plan, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["wrong"] == []
+    assert all(told["seen"][name] >= 2 for name in ("open", "close", "replace", "unlink", "fsync"))
