@@ -89,23 +89,25 @@ class FlakyFiles:
     """Takes the place of `storage.files.open_read`: reading fails as `fault` says, now and then.
 
     `fault`: "error" raises at a byte, "short" ends there; `times`: for how many openings of a file
-    whose name holds `among`.
+    whose name holds `among` and that is read so far.
     """
 
     def __init__(self, fault: str, at: int, times: int, among: str):
         self.fault, self.at, self.times, self.among = fault, at, times, among
-        self.opened: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()  # openings that the fault has reached
         self._open = files.open_read
 
     def open(self, path: str) -> Any:
         """The file, or one that fails."""
         if self.among not in path:
             return self._open(path)
-        self.opened[path] += 1
-        if self.fault in ("missing", "forbidden") and self.opened[path] <= self.times:
+        if self.failed[path] >= self.times:
+            return self._open(path)
+        if self.fault in ("missing", "forbidden"):
+            self.failed[path] += 1
             kind = FileNotFoundError if self.fault == "missing" else PermissionError
             raise kind(f"{path}: {self.fault}")
-        return Failing(path, self) if self.opened[path] <= self.times else self._open(path)
+        return Failing(path, self)
 
 
 class Failing(io.FileIO):
@@ -113,11 +115,14 @@ class Failing(io.FileIO):
 
     def __init__(self, path: str, how: FlakyFiles):
         super().__init__(path)
-        self._how = how
+        self._how, self._reached = how, False
 
     def read(self, size: int | None = -1) -> bytes:
         """Bytes up to the bad one."""
         left = self._how.at - self.tell()
+        if size is None or size < 0 or size > left:
+            self._how.failed[str(self.name)] += not self._reached
+            self._reached = True
         if left <= 0 and self._how.fault == "error":
             raise OSError(errno.EIO, "the line is dead")
         wanted = left if size is None or size < 0 else min(size, left)
@@ -147,19 +152,23 @@ def local_faults(world: World) -> Iterator[Row]:
     for name, source in sources.items():
         flags = {"input": source, "model": world.model}
         calm = world.fresh("calm")
-        call(output=calm, **flags)
-        size = min(info.size for info in files.find(source))
-        lost = 0
+        assert call(output=calm, **flags).line["features"] == IMAGES
+        assert whole(calm)
+        infos = list(files.find(source))
+        size = min(info.size for info in infos)
+        lost = missed = 0
         for turn in range(world.times):
             fault, at = ("error", "short")[turn % 2], world.random.randrange(size)
             output = world.fresh("out")
-            with flaky(FlakyFiles(fault, at, 1 + turn // 2 % 2, source)):
+            how = FlakyFiles(fault, at, 1 + turn // 2 % 2, source)
+            with flaky(how):
                 call(output=output, **flags)
             lost += len(set(row_hashes(calm)) - set(row_hashes(output)))
+            missed += sum(how.failed[info.path] < how.times for info in infos)
         yield Row(
             f"{name}: an error or a short read at {world.times} random bytes, once or twice a file",
-            f"{lost} lost",
-            lost == 0,
+            f"{lost} lost" + (f", {missed} files not disturbed" if missed else ""),
+            lost == missed == 0,
         )
         yield permanent(world, name, source)
 
