@@ -106,7 +106,11 @@ class Options:
         names=(),
     )
     limit: int | None = knob(
-        None, "stop after about N images", metavar="N", type=int, why="none: read everything"
+        None,
+        "stop after about the first N images, those that resume skips counted too",
+        metavar="N",
+        type=int,
+        why="none: read everything",
     )
     allow_http: bool = knob(
         False,
