@@ -21,7 +21,7 @@ from formats.isolation import Limits, shared_processes, start_ahead
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text
 from models import handles
-from pipeline import dataflow
+from pipeline import __version__, dataflow
 from pipeline.options import Options
 from storage import files, reach
 from storage.errors import RequestError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from models.loading import ModelInfo
     from pipeline.graph import Plan
 
-VERSIONED = ("apache-beam", "tensorflow", "pillow", "pyarrow", "numpy", "image-features")
+VERSIONED = ("apache-beam", "tensorflow", "pillow", "pyarrow", "numpy")
 DIRECT_RUNNER = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 _SAMPLE = 64  # examples that are looked at for the types of label and columns
 _BYTES_PER_PIXEL = 24  # of the memory to decode in
@@ -153,6 +153,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     }
     versioned = (*VERSIONED, *([options.engine] if options.engine not in VERSIONED else []))
     versions = {name: importlib.metadata.version(name) for name in versioned}
+    versions["image-features"] = __version__  # a Flex Template's launcher installs no project
     metadata = metadata_text(
         {
             "model_handle": hide(options.model),

@@ -12,9 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import exports
 import pytest
+from pictures import jpeg
 from sdists import bare_environment, built_sdist
 from test_house import pins
 
@@ -140,27 +143,39 @@ def test_what_the_images_copy_is_there_and_not_ignored():
         assert f"COPY {package} {package}" in stage("launcher")
 
 
-def test_the_launchers_entry_runs_the_job(tmp_path):
-    """In a folder laid out as the image's, with a module of each package's name beside it."""
-    assert environment("launcher")["FLEX_TEMPLATE_PYTHON_PY_FILE"] == "/template/launch.py"
-    assert environment("launcher")["FLEX_TEMPLATE_PYTHON_SETUP_FILE"] == "/template/setup.py"
+def launched(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The launcher's entry in a folder laid out as the image's, without this project installed."""
+    template, library = folder / "template", folder / "library"
     for package in ("pipeline", "transforms", "formats", "models", "storage"):
-        shutil.copytree(ROOT / package, tmp_path / package)
-    shutil.copy(ROOT / "deploy" / "launch.py", tmp_path)
-    told = subprocess.run(
-        [
-            sys.executable,
-            tmp_path / "launch.py",
-            "--input=/i",
-            "--model=m",
-            "--output=/o",
-            "--nope",
-        ],
+        shutil.copytree(ROOT / package, template / package)
+    shutil.copy(ROOT / "deploy" / "launch.py", template)
+    library.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "image_features" not in path.name:
+            (library / path.name).symlink_to(path)
+    return subprocess.run(
+        [sys.executable, "-S", template / "launch.py", *flags],
         capture_output=True,
         text=True,
         cwd="/",
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        env={**os.environ, "PYTHONPATH": str(library)},
     )
+
+
+def test_the_launchers_entry_runs_the_job(tmp_path):
+    assert environment("launcher")["FLEX_TEMPLATE_PYTHON_PY_FILE"] == "/template/launch.py"
+    assert environment("launcher")["FLEX_TEMPLATE_PYTHON_SETUP_FILE"] == "/template/setup.py"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg(40, 30))
+    model = exports.exported("saved_model", "classification")
+    where = (f"--input={tmp_path}/in", f"--model={model}", f"--output={tmp_path}/out")
+    told = launched(tmp_path, *where, "--dry_run")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout.splitlines()[-1])["status"] == "dry_run"
+
+
+def test_a_wrong_request_to_the_launchers_entry_is_one_line(tmp_path):
+    told = launched(tmp_path, "--input=/i", "--model=m", "--output=/o", "--nope")
     assert told.returncode == 2
     assert told.stderr.startswith("error: --nope: no such flag")
 
