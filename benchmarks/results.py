@@ -70,15 +70,14 @@ def add(folder: Path, part: str, name: str, run: dict[str, Any], fresh: bool = F
     scratch.replace(path)
 
 
-def show(folder: Path, part: str, text: str) -> None:
+def show(folder: Path, part: str, text: str, page: Path = PAGE) -> None:
     """Print `text` and put it in its place in the page, where there is one."""
     print(text)
-    path = folder / PAGE
+    path = folder / page
     if not path.exists():
         return
-    page = path.read_text()
     place = re.compile(rf"(<!-- measured: {part} -->\n).*?(<!-- end -->)", re.DOTALL)
-    path.write_text(place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page))
+    path.write_text(place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", path.read_text()))
 
 
 def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:

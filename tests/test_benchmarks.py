@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import growth, precision, processes, results, throughput
+from benchmarks import growth, precision, processes, results, scaling, throughput
 
 SPAWNS = """
 import json, subprocess, sys, time
@@ -149,6 +149,29 @@ def test_growth_takes_start_up_off():
         "small": [{"images": 2000, "seconds": 20, "cpu": 30, "peak_mib": 950, "of": OF}],
     }
     assert "| small | 2000 | 150 | 10.00 | 950 |" in growth.table(runs)
+
+
+def test_scaling_is_told_where_engines_are(tmp_path):
+    runs = [
+        {"one": 50.0, "two": two, "ratio": two / 50, "start_up": 9.6, "of": OF}
+        for two in (95, 90, 97)
+    ]
+    text = scaling.table(runs)
+    assert "| 50.0 | 95.0 | 1.90 | 10 | 0 |\n" in text
+    assert "\n\nMedian ratio 1.90. m, 2 cores" in text
+    page = tmp_path / scaling.PAGE
+    page.parent.mkdir()
+    page.write_text((results.ROOT / scaling.PAGE).read_text())
+    results.show(tmp_path, scaling.PART, text, scaling.PAGE)
+    assert f"<!-- measured: scaling -->\n{text}\n<!-- end -->" in page.read_text()
+
+
+def test_units_are_many_enough_for_two_workers_to_share_them_by_hash():
+    larger = [
+        max(n, scaling.SHARDS - n)
+        for n in np.random.default_rng(0).binomial(scaling.SHARDS, 0.5, 2001)
+    ]
+    assert scaling.SHARDS / np.median(larger) > 1.9
 
 
 def test_vectors_are_compared_photograph_by_photograph():
