@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="1 for image files, more in TFRecords, tars or Parquet (default 1)",
     )
+    add("--store", choices=("gs", "s3"), default="gs", help="that the input is on (default gs)")
     add("--image_bytes", type=byte_size, metavar="BYTES", help="mean, encoded (default 110000)")
     add("--decode_seconds", type=float, metavar="S", help="CPU seconds an image")
     add("--cpu_seconds", type=float, metavar="S", help="CPU seconds of the model an image")
@@ -165,7 +166,8 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     decode = figures.DECODE_SECONDS.value
     if request.decode_seconds is not None:
         decode = request.decode_seconds
-    opening = figures.OBJECT_SECONDS.value / request.images_per_file
+    an_object = figures.S3_OBJECT_SECONDS if request.store == "s3" else figures.OBJECT_SECONDS
+    opening = an_object.value / request.images_per_file
     around = decode + figures.OTHER_SECONDS.value + opening
     cores = request.vcpus * figures.VCPU.value
     on_gpu = gpu_rate(request, model)

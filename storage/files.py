@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+from storage import s3
 from storage.errors import RequestError
 
 REMOTE = ("gs", "s3")
@@ -66,6 +67,7 @@ def join(base: str, *parts: str) -> str:
 def _beam() -> Any:
     from apache_beam.io.filesystems import FileSystems
 
+    s3.share()
     return FileSystems
 
 

@@ -67,6 +67,12 @@ def test_single_objects_are_opened_by_one_process_a_worker():
     assert shards["images_per_second_per_worker"] > 5 * files["images_per_second_per_worker"]
 
 
+def test_objects_of_s3_take_longer_to_open():
+    gs, s3 = reckoned("--gpu", "nvidia-l4"), reckoned("--gpu", "nvidia-l4", "--store", "s3")
+    assert gs["images_per_second_per_worker"] == pytest.approx(0.5 / 0.0039, abs=0.05)
+    assert s3["images_per_second_per_worker"] == pytest.approx(0.5 / 0.010, abs=0.05)
+
+
 def test_vectors_that_are_not_written_take_no_room():
     both, one = reckoned(), reckoned("--outputs", "embedding", "--embedding_dtype", "float16")
     assert one["output_bytes"] == 1e6 * (300 + 2 * 1056)

@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import exports
 import pytest
 import servers
@@ -209,6 +210,26 @@ def test_a_commit_that_never_arrives_is_resumed(run, road, stocked):
     manifest = json.loads(files.read_bytes(f"{output}/manifest.json"))
     assert len(stored_rows(output, manifest)["features"]) == IMAGES
     assert len(manifest["files"]) == 3
+
+
+def test_s3_is_reached_by_one_client_however_often(monkeypatch):
+    """Making one takes longer than a read."""
+    with servers.s3_store() as store:
+        files.configure_stores(store.argv)
+        made = []
+        real = boto3.session.Session.client
+        monkeypatch.setattr(
+            boto3.session.Session, "client", lambda *a, **k: made.append(k) or real(*a, **k)
+        )
+        put(f"{store.uri}/shared", {f"{i}": b"%d" % i for i in range(20)})
+        paths = [info.path for info in files.find(f"{store.uri}/shared")]
+        with ThreadPoolExecutor(8) as threads:
+            read = list(threads.map(files.read_bytes, paths))
+        assert sorted(read) == sorted(b"%d" % i for i in range(20))
+        assert all(map(files.is_file, paths))
+        files.delete(paths)
+        assert not any(map(files.is_file, paths))
+    assert len(made) == 1
 
 
 def test_what_was_cut_on_its_way_up_is_no_object(road, stocked):
