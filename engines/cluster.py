@@ -31,8 +31,18 @@ class Cluster:
 
     @classmethod
     def new(cls, folder: Path, parallelism: int, ports: Sequence[str]) -> Cluster:
-        """A cluster of no process yet, with a free port for each name."""
+        """A cluster of no process yet, with a free port for each name.
+
+        Raises EngineError where one runs in `folder`: nobody could bring it down any more.
+        """
         folder = folder.absolute()
+        if (folder / _STATE).exists():
+            running = [p.name for p in cls.load(folder).processes if p.group()]
+            if running:
+                raise EngineError(
+                    f"{folder}: a cluster runs here ({', '.join(running)}); bring it down first, "
+                    "or give another folder"
+                )
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         return cls(folder, parallelism, dict(zip(ports, free_ports(len(ports)), strict=True)))
 
@@ -91,10 +101,11 @@ class Cluster:
         for process in reversed(self.processes):
             process.stop()
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        (self.folder / _STATE).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Note in the folder what `load` needs."""
-        processes = [[p.name, p.pid, str(p.log)] for p in self.processes]
+        processes = [[p.name, p.pid, str(p.log), p.began] for p in self.processes]
         state = {"parallelism": self.parallelism, "ports": self.ports, "processes": processes}
         (self.folder / _STATE).write_text(json.dumps(state, indent=1))
 
@@ -105,7 +116,10 @@ class Cluster:
             state = json.loads((folder / _STATE).read_text())
         except FileNotFoundError:
             raise EngineError(f"{folder}: no cluster was brought up here") from None
-        processes = [Process(name, pid, Path(log)) for name, pid, log in state["processes"]]
+        processes = [
+            Process(name, pid, Path(log), began=began)
+            for name, pid, log, began in state["processes"]
+        ]
         return cls(folder, state["parallelism"], state["ports"], processes)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from engines import java
 from engines.cluster import START, Cluster, command_line
 from engines.jars import jars
-from engines.processes import wait_for
+from engines.processes import EngineError, wait_for
 
 # A TaskManager's memory as Flink wants to be told of it, in MB: 1008 in all.
 _MEMORY = {
@@ -76,9 +76,15 @@ def up(
 ) -> Cluster:
     """Bring a cluster up, its logs in `folder`; EngineError with logs where it does not start.
 
+    Raises EngineError too where `parallelism` is more than all slots: no job could start.
     `slots`: of each TaskManager; more than `parallelism` needs, so that the others can take over
     from a lost one. `cores_each`: cores that each Python worker is pinned to.
     """
+    if parallelism > task_managers * slots:
+        raise EngineError(
+            f"--parallelism {parallelism}: {task_managers} TaskManagers of {slots} slots have only "
+            f"{task_managers * slots}, and no job would start; give more --slots"
+        )
     classpath = f"{jars('flink')}/*"
     cluster = Cluster.new(
         folder, parallelism, ("rpc", "rest", "job", "artifact", "expansion", "pool")

@@ -11,12 +11,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from engines.processes import EngineError
+from engines.processes import EngineError, finished
 
 ENGINES = ("flink", "spark")
 _HERE = Path(__file__).parent
@@ -92,9 +91,7 @@ def _fetch(engine: str, target: Path) -> None:
         "-DincludeScope=runtime",
     ]
     for _ in range(_TRIES):
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL
-        )
+        done = finished(command, _SECONDS)
         if done.returncode == 0:
             return
         shutil.rmtree(target, ignore_errors=True)
@@ -107,14 +104,22 @@ def main() -> int:
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--pin", action="store_true", help="write the digests of what Maven gives")
     request = parser.parse_args()
-    if request.pin:
-        with tempfile.TemporaryDirectory() as scratch:
-            fetched = Path(scratch) / "lib"
-            _fetch(request.engine, fetched)
-            lines = [f"{digest}  {name}\n" for name, digest in digests(fetched).items()]
-        (_HERE / f"{request.engine}.sha256").write_text("".join(lines))
-    sys.stdout.write(f"{jars(request.engine)}\n")
+    try:
+        if request.pin:
+            _pin(request.engine)
+        sys.stdout.write(f"{jars(request.engine)}\n")
+    except EngineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     return 0
+
+
+def _pin(engine: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        fetched = Path(scratch) / "lib"
+        _fetch(engine, fetched)
+        lines = [f"{digest}  {name}\n" for name, digest in digests(fetched).items()]
+    (_HERE / f"{engine}.sha256").write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from engines.jars import cache
-from engines.processes import EngineError
+from engines.processes import EngineError, finished
 
 _MODULE = "github.com/apache/beam/sdks/v2/go/cmd/prism"
 _SECONDS = 1200
@@ -41,14 +39,8 @@ def binary() -> Path:
 
 def _build(package: str, folder: str) -> None:
     for _ in range(_TRIES):  # what was fetched before a cut is kept by Go
-        done = subprocess.run(
-            ["go", "install", package],
-            env={**os.environ, "GOBIN": folder, "CGO_ENABLED": "0"},
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+        env = {"GOBIN": folder, "CGO_ENABLED": "0"}
+        done = finished(["go", "install", package], _SECONDS, env)
         if done.returncode == 0:
             return
     raise EngineError(f"{package} cannot be built\n{done.stderr[-2000:]}")

@@ -25,34 +25,32 @@ class EngineError(Exception):
 
 @dataclass
 class Process:
-    """A process, leader of a process group of its own, and the file of what it printed."""
+    """A process, leader of a process group of its own, and the file of what it printed.
+
+    `began`: when it was started, in clock ticks since boot. A process of another time has been
+    given the same number since; nothing is asked of it.
+    """
 
     name: str
     pid: int
     log: Path
     child: subprocess.Popen[bytes] | None = None
+    began: int | None = None
 
     def running(self) -> bool:
         """Whether it has not ended."""
         if self.child is not None:
             return self.child.poll() is None
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return False
-        return state != "Z"
+        return bool(_stat(self.pid)) and _stat(self.pid)[0] != "Z" and not self._replaced()
 
     def group(self) -> list[int]:
         """The process ids of its group that run: itself, and what it has started."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue  # it has just ended
-            if int(group) == self.pid and state != "Z":
-                found.append(int(path.parent.name))
-        return found
+        if self._replaced():
+            return []
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        stats = {pid: _stat(pid) for pid in pids}
+        ours = str(self.pid)
+        return [pid for pid, stat in stats.items() if stat and stat[2] == ours and stat[0] != "Z"]
 
     def kill(self) -> None:
         """End it and what it started at once, as a lost machine would."""
@@ -72,7 +70,12 @@ class Process:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return f"--- {self.name}, {self.log}\n{text[-_TAIL:]}"
 
+    def _replaced(self) -> bool:
+        return None not in (self.began, began(self.pid)) and self.began != began(self.pid)
+
     def _signal(self, number: int) -> None:
+        if self._replaced():
+            return
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
@@ -82,6 +85,20 @@ class Process:
         until = time.monotonic() + _GRACE
         while self.running() and time.monotonic() < until:
             time.sleep(_STEP / 4)
+
+
+def began(pid: int) -> int | None:
+    """When process `pid` was started, in clock ticks since boot; None where there is none."""
+    stat = _stat(pid)
+    return int(stat[19]) if stat else None
+
+
+def _stat(pid: int) -> list[str]:
+    """proc(5)'s fields of process `pid` from the third on; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def start(
@@ -104,7 +121,26 @@ def start(
         )
     if cores:
         os.sched_setaffinity(child.pid, cores)
-    return Process(name, child.pid, log, child)
+    return Process(name, child.pid, log, child, began(child.pid))
+
+
+def finished(
+    command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`command`, run to its end, and what it printed; EngineError where it takes longer."""
+    try:
+        return subprocess.run(
+            command,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise EngineError(f"{command[0]}: not on PATH; install it") from None
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"{command[0]}: not done within {seconds:g} s; try again") from None
 
 
 def wait_for(

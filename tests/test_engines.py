@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engines import jars, processes
+from engines import flink, jars, prism, processes
 from engines.cluster import Cluster
 from engines.processes import EngineError
 
@@ -81,8 +83,65 @@ def test_a_cluster_is_brought_down_by_another_process_than_brought_it_up(tmp_pat
     Cluster.load(tmp_path).down()
     assert not any(process.running() for process in cluster.processes)
     assert not (tmp_path / "tmp").exists()
+    with pytest.raises(EngineError, match="no cluster"):  # it is forgotten
+        Cluster.load(tmp_path)
     with pytest.raises(EngineError, match="no cluster"):
         Cluster.load(tmp_path / "elsewhere")
+
+
+def test_a_number_that_another_process_has_been_given_is_left_alone(tmp_path):
+    """As after the machine's restart: cluster.json tells of processes that ended long ago."""
+    cluster = Cluster.new(tmp_path, 2, ("job",))
+    cluster.begin("stranger", SLEEP)
+    (stranger,) = cluster.processes
+    state = json.loads((tmp_path / "cluster.json").read_text())
+    state["processes"][0][3] -= 1
+    (tmp_path / "cluster.json").write_text(json.dumps(state))
+    try:
+        (named,) = Cluster.load(tmp_path).processes
+        assert not named.running()
+        assert named.group() == []
+        named.kill()
+        Cluster.load(tmp_path).down()
+        assert stranger.running()
+    finally:
+        stranger.stop()
+
+
+def test_a_second_cluster_in_a_folder_is_refused_while_the_first_runs(tmp_path):
+    cluster = Cluster.new(tmp_path, 2, ("job",))
+    cluster.begin("first", SLEEP)
+    with pytest.raises(EngineError, match=r"a cluster runs here \(first\); bring it down first"):
+        Cluster.new(tmp_path, 2, ("job",))
+    assert cluster.processes[0].running()
+    cluster.down()
+    assert Cluster.new(tmp_path, 2, ("job",)).processes == []
+
+
+def test_more_subtasks_than_slots_are_refused_before_anything_starts(tmp_path):
+    with pytest.raises(EngineError, match="--parallelism 5: 2 TaskManagers of 2 slots have only 4"):
+        flink.up(tmp_path / "flink", parallelism=5)
+    assert not (tmp_path / "flink").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [(["sleep", "60"], "not done within 0.3 s"), (["no-such-program"], "not on PATH")],
+)
+def test_what_does_not_end_or_is_not_there_is_told_in_one_line(command, told):
+    with pytest.raises(EngineError, match=told):
+        processes.finished(command, 0.3)
+
+
+@pytest.mark.parametrize(("module", "argv"), [(jars, ["jars", "flink"]), (prism, ["prism"])])
+def test_a_fetch_that_fails_is_one_line_and_exit_1(module, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", argv)
+    assert module.main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: (mvn|go): not on PATH; install it\n", err)
 
 
 def test_ports_are_free_and_different():
