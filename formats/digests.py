@@ -102,7 +102,7 @@ def _halves(data: Bytes | np.ndarray) -> np.ndarray:
 def repeated_rows(files: Sequence[Bytes]) -> dict[int, list[int]]:
     """Rows whose digest stands more than once in all `files` together, each the digests of a file.
 
-    Returns index into `files` -> row numbers. Memory: 8 bytes a row beside `files`.
+    Returns index into `files` -> row numbers. Memory: 9 bytes a row beside `files`.
     """
     pairs = [_halves(digests).reshape(-1, 2) for digests in files]
     if not pairs:

@@ -92,14 +92,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="1 for image files, more in TFRecords, tars or Parquet (default 1)",
     )
-    add("--store", choices=("gs", "s3"), default="gs", help="that the input is on (default gs)")
+    add("--store", choices=("gs", "s3"), default="gs", help="of input and output (default gs)")
     add("--image_bytes", type=byte_size, metavar="BYTES", help="mean, encoded (default 110000)")
     add("--decode_seconds", type=float, metavar="S", help="CPU seconds an image")
     add("--cpu_seconds", type=float, metavar="S", help="CPU seconds of the model an image")
     add("--widths", metavar="N,N", help="of embedding and logits, for a model that is not known")
     add("--gpu_images_per_second", type=float, metavar="R", help="of the model on one GPU")
     for name, price in PRICES.items():
-        add(f"--price_{name}", type=float, metavar="USD", help=f"{price.unit} (default {price[0]})")
+        default = "listed by --gpu" if name == "gpu_hour" else price.value
+        add(f"--price_{name}", type=float, metavar="USD", help=f"{price.unit} (default {default})")
     return result
 
 
@@ -159,7 +160,7 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
         if value is not None and value <= 0:
             raise RequestError(f"--{flag} {value}: must be more than 0")
     images = request.images
-    model, prices = model_of(request), _prices(request)
+    model = model_of(request)
     missing = [name for name in request.outputs if name not in model.widths]
     if missing:
         raise RequestError(f"--outputs {','.join(missing)}: --widths tells of no such vector")
@@ -171,6 +172,7 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     around = decode + figures.OTHER_SECONDS.value + opening
     cores = request.vcpus * figures.VCPU.value
     on_gpu = gpu_rate(request, model)
+    prices = _prices(request)
     speeds = {
         "one process a worker, which opens objects": figures.VCPU.value / opening,
         "vCPUs": cores / (around + (0.0 if on_gpu else model.cpu_seconds)),
@@ -182,13 +184,6 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     objects = -(-images // request.images_per_file)
     pages = -(-objects // int(figures.PAGE_OBJECTS.value))
     listing = 2 * pages * figures.PAGE_SECONDS.value  # the launcher's look, and the job's
-    commit = images * figures.KEY_SECONDS.value / figures.VCPU.value
-    fixed = listing + figures.START_SECONDS.value + figures.LOAD_SECONDS.value + commit
-    work = images / rate
-    workers = request.workers or max(1, math.ceil(work / (request.hours * _HOUR)))
-    seconds = fixed + work / workers
-    worker_hours = workers * (seconds - listing / 2) / _HOUR
-
     element = 2 if request.embedding_dtype == "float16" else 4
     row = figures.ROW_BYTES.value + element * sum(model.widths[name] for name in request.outputs)
     a_bundle = max(request.images_per_file, int(figures.UNIT_IMAGES.value))
@@ -198,6 +193,14 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
         figures.FILE_SECONDS.value * rate / figures.THREADS.value,
     )
     parts = math.ceil(images / max(a_file, 1))
+
+    commit = commit_seconds(images, parts)
+    fixed = listing + figures.START_SECONDS.value + figures.LOAD_SECONDS.value + commit
+    work = images / rate
+    workers = request.workers or max(1, math.ceil(work / (request.hours * _HOUR)))
+    seconds = fixed + work / workers
+    worker_hours = workers * (seconds - listing / 2) / _HOUR
+
     requests = {
         "lists": 2 * pages,
         "reads": int(objects * figures.READS_AN_OBJECT.value),
@@ -239,21 +242,27 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
         "requests": requests,
         "usd": {**{k: round(v, 2) for k, v in usd.items()}, "run": round(sum(usd.values()), 2)},
         "usd_a_month": round(images * row / _GB * prices["gb_month"], 2),
-        "limits": limits(images, objects, parts, gib),
-        "constants": constants(model, on_gpu, prices),
+        "limits": limits(images, objects, parts, gib, request.store),
+        "constants": constants(request, model, on_gpu, prices),
     }
 
 
-def limits(images: int, objects: int, parts: int, gib: float) -> list[dict[str, Any]]:
-    """What grows with the run and is held in one place, the first to be met first.
+def limits(images: int, objects: int, parts: int, gib: float, store: str) -> list[dict[str, Any]]:
+    """What grows with the run and is held, or done, in one place, the first to be met first.
 
-    `at` is how many times larger the run could be; below 1 the limit is passed.
+    `at` is how many times larger the run could be, in three digits; below 1 the limit is passed,
+    None where the run has nothing of it.
     """
     hold = gib * _GIB / 2  # of one machine, with room for all else
     pages = objects / figures.PAGE_OBJECTS.value
+    request = figures.REQUEST_SECONDS.value
+    resume = figures.S3_RESUME_REQUESTS if store == "s3" else figures.RESUME_REQUESTS
     grows = [
         ("listing in memory", objects * figures.LISTED_BYTES.value, hold, "bytes"),
         ("listing, page by page", pages * figures.PAGE_SECONDS.value, 2 * _HOUR, "s"),
+        ("files to resume", parts * resume.value * request, 2 * _HOUR, "s"),
+        ("small files, for a reader", parts * figures.READS_AN_OBJECT.value * request, _HOUR, "s"),
+        ("commit time", commit_seconds(images, parts), 2 * _HOUR, "s"),
         ("keys in the commit", images * figures.KEY_BYTES.value, hold, "bytes"),
         ("keys of a resumed run", images * figures.RESUME_BYTES.value, hold, "bytes"),
         ("manifest", parts * figures.MANIFEST_BYTES.value, 1e9, "bytes"),
@@ -264,21 +273,36 @@ def limits(images: int, objects: int, parts: int, gib: float) -> list[dict[str, 
             "value": round(value),
             "limit": round(limit),
             "unit": unit,
-            "at": round(limit / value, 2) if value else None,
+            "at": float(f"{limit / value:.3g}") if value else None,
         }
         for what, value, limit, unit in grows
     ]
     return sorted(told, key=lambda row: math.inf if row["at"] is None else row["at"])
 
 
+def commit_seconds(images: int, parts: int) -> float:
+    """How long the commit of `parts` files takes: keys are settled, the output is listed twice."""
+    pages = parts / figures.PAGE_OBJECTS.value
+    settled = images * figures.KEY_SECONDS.value / figures.VCPU.value
+    return settled + 2 * pages * figures.PAGE_SECONDS.value
+
+
 def _prices(request: argparse.Namespace) -> dict[str, float]:
     listed = {name: price.value for name, price in PRICES.items()}
-    listed["gpu_hour"] = figures.GPU_HOURS.get(request.gpu, listed["gpu_hour"])
+    if request.gpu and request.price_gpu_hour is None:
+        if request.gpu not in figures.GPU_HOURS:
+            raise RequestError(
+                f"--gpu {request.gpu}: its price is not known, and no other's would be right; give "
+                "--price_gpu_hour"
+            )
+        listed["gpu_hour"] = figures.GPU_HOURS[request.gpu]
     told = {name: getattr(request, f"price_{name}") for name in PRICES}
     return {name: listed[name] if price is None else price for name, price in told.items()}
 
 
-def constants(model: Model, on_gpu: Figure | None, prices: dict[str, float]) -> dict[str, Any]:
+def constants(
+    request: argparse.Namespace, model: Model, on_gpu: Figure | None, prices: dict[str, float]
+) -> dict[str, Any]:
     """Every number that a plan went by, with its unit and source."""
     named = {
         name.lower(): value.described()
@@ -289,8 +313,8 @@ def constants(model: Model, on_gpu: Figure | None, prices: dict[str, float]) -> 
     if on_gpu:
         named["gpu_images_per_second"] = on_gpu.described()
     for name, price in prices.items():
-        listed = price == PRICES[name].value or price in figures.GPU_HOURS.values()
-        source = PRICES[name].source if listed else "told by its flag"
+        told = getattr(request, f"price_{name}") is not None
+        source = "told by its flag" if told else PRICES[name].source
         named[f"price_{name}"] = Figure(price, PRICES[name].unit, source).described()
     return named
 
@@ -314,7 +338,10 @@ def table(plan: dict[str, Any]) -> str:
     ]
     lines = [f"{name:16}{text}" for name, text in rows]
     lines += ["", "limits, the first to be met first (how many times larger a run could be)"]
-    lines += [f"  {row['what']:24}{row['at']:>12,}" for row in plan["limits"] if row["at"]]
+    for row in plan["limits"]:
+        if row["at"] is not None:
+            passed = "  PASSED" if row["at"] < 1 else ""
+            lines.append(f"  {row['what']:26}{row['at']:>12,}{passed}")
     assumed = [n for n, c in plan["constants"].items() if c["source"].startswith("ASSUMED")]
     lines += ["", f"assumed, not measured: {', '.join(assumed)}"]
     return "\n".join(lines)

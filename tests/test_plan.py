@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def test_a_run_on_cpus_by_hand():
 
 def test_a_gpu_waits_for_the_vcpus_that_decode():
     flags = ("--gpu", "any", "--gpu_images_per_second", "2000", "--decode_seconds", "0.0207")
+    flags += ("--price_gpu_hour", "1")
     flags += ("--images_per_file", "1000")
     told = reckoned(*flags)
     a_core = 0.0207 + figures.OTHER_SECONDS.value + figures.OBJECT_SECONDS.value / 1000
@@ -65,6 +67,13 @@ def test_single_objects_are_opened_by_one_process_a_worker():
     assert files["bound_by"].startswith("one process")
     assert files["images_per_second_per_worker"] == pytest.approx(0.5 / 0.0039, abs=0.05)
     assert shards["images_per_second_per_worker"] > 5 * files["images_per_second_per_worker"]
+
+
+def test_keys_in_the_commit_by_hand():
+    """16 bytes of the digest and 9 to find repeats, against half of a worker's 30 GiB."""
+    (row,) = (r for r in reckoned("--vcpus", "8")["limits"] if r["what"] == "keys in the commit")
+    assert row["value"] == 25e6
+    assert row["at"] == pytest.approx(15 * 2**30 / 25e6, rel=0.01)
 
 
 def test_objects_of_s3_take_longer_to_open():
@@ -96,12 +105,39 @@ def test_workers_come_from_the_hours():
 
 
 @pytest.mark.parametrize("images", ["1e6", "1e8", "1e10"])
-def test_containers_move_the_first_limit_from_listing_to_keys(images):
+def test_a_resume_opens_every_file_and_that_is_the_first_limit(images):
     files = reckoned(images=images)["limits"]
     shards = reckoned("--images_per_file", "5000", images=images)["limits"]
-    assert files[0]["what"].startswith("listing")
-    assert shards[0]["what"] == "keys in the commit"
-    assert [row["at"] for row in files] == sorted(row["at"] for row in files)
+    for told in (files, shards):
+        assert told[0]["what"] == "files to resume"
+        assert [row["at"] for row in told] == sorted(row["at"] for row in told)
+    assert shards[0]["at"] > files[0]["at"]
+    of_a_run = [row["what"] for row in files if "resume" not in row["what"]]
+    assert of_a_run[:2] == ["small files, for a reader", "listing in memory"]
+
+
+def test_files_to_resume_by_hand():
+    """10.4 requests for each file on gs://, 7.2 on s3://, in two hours."""
+    for store, requests in (("gs", 10.4), ("s3", 7.2)):
+        told = reckoned("--store", store)
+        (row,) = (r for r in told["limits"] if r["what"] == "files to resume")
+        assert row["at"] == pytest.approx(7200 / (told["output_files"] * requests * 0.05), rel=0.01)
+
+
+def test_limits_that_are_passed_are_told(capsys):
+    assert plan.main(["--images", "1e12", "--model", "nasnet_mobile"]) == 0
+    out, err = capsys.readouterr()
+    limits = json.loads(out)["limits"]
+    assert all(0 < row["at"] < 1 for row in limits)
+    for row in limits:
+        assert re.search(rf"{row['what']} +{row['at']:,}  PASSED\n", err)
+
+
+def test_a_price_is_told_by_its_flag_even_where_it_equals_a_listed_one():
+    told = reckoned("--gpu", "nvidia-l4", "--price_gpu_hour", "0.35")["constants"]
+    assert told["price_gpu_hour"]["source"] == "told by its flag"
+    listed = reckoned("--gpu", "nvidia-l4")["constants"]["price_gpu_hour"]
+    assert (listed["value"], listed["source"] != "told by its flag") == (0.56, True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,6 +195,13 @@ def test_every_constant_tells_its_unit_and_source():
         (["--images", "1", "--model", "resnet"], "give --cpu_seconds and --widths"),
         (["--images", "1", "--model", "resnet", "--widths", "9"], "give --cpu_seconds"),
         (["--images", "1", "--model", "nasnet_mobile", "--gpu", "h900"], "--gpu_images_per_second"),
+        (
+            [
+                *("--images", "1", "--model", "nasnet_mobile"),
+                *("--gpu", "h900", "--gpu_images_per_second", "9"),
+            ],
+            "--price_gpu_hour",
+        ),
         (["--images", "1", "--model", "nasnet_mobile", "--workers", "0"], "--workers 0"),
         (["--images", "1", "--model", "nasnet_mobile", "--hours", "-1"], "--hours"),
         (["--images", "1", "--model", "nasnet_mobile", "--pric_gpu_hour", "1"], "--pric_gpu_hour"),
