@@ -8,7 +8,7 @@ and changes nothing else. All that is not the date is in the Airflow variable `i
      "python": "/opt/image-features/.venv/bin/python",
      "runner": "DataflowRunner",
      "options": {"project": "P", "region": "R", "temp_location": "gs://B/tmp",
-                 "sdk_container_image": "R-docker.pkg.dev/P/features/worker"}}
+                 "sdk_container_image": "R-docker.pkg.dev/P/image-features/worker:0.1.0-cpu"}}
 
 `python` is that of the job's environment. `runner` may be left out for DirectRunner, and `options`
 are any further flags of the job or of Beam.

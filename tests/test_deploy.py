@@ -6,6 +6,7 @@ No image was built here: there is no Docker daemon.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import exports
 import pytest
@@ -22,11 +24,12 @@ from sdists import bare_environment, built_sdist
 from test_house import pins
 
 import pipeline
-from pipeline import options
+from pipeline import options, plan
 from pipeline.beam_flags import BEAM_FLAGS
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+DAG = (ROOT / "dags" / "image_features.py").read_text()
 RUNBOOK = (ROOT / "deploy" / "README.md").read_text()
 
 
@@ -51,13 +54,24 @@ def disagreements(dockerfile: str, lock: dict[str, set[str]], runbook: str) -> l
     """Where the versions of image, lock and runbook differ."""
     given = arguments(dockerfile)
     wrong = []
-    if lock["apache-beam"] != {given["BEAM_VERSION"]}:
-        wrong.append(f"Beam {given['BEAM_VERSION']} of {lock['apache-beam']}")
+    beams = {given["BEAM_VERSION"], *lock["apache-beam"], importlib.metadata.version("apache-beam")}
+    if len(beams) > 1:
+        wrong.append(f"Beam of image, lock and launcher: {beams}")
     if not "3.11" <= given["PYTHON_VERSION"] <= "3.13":
         wrong.append(f"Python {given['PYTHON_VERSION']}")
+    pythons = re.findall(r"/python(\d)(\d+)-template-launcher-base", dockerfile)
+    pythons = {given["PYTHON_VERSION"], *map(".".join, pythons)}
+    pythons |= set(re.findall(r"PYTHON_VERSION`, ([\d.]+\d)", runbook))
+    if len(pythons) > 1:
+        wrong.append(f"Python of image, template's launcher and runbook: {pythons}")
+    told = re.search(r"PYTHON_VERSION=([\d.]+\d)`, or ([\d.]+\d)", runbook)
+    launcher = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if launcher not in {given["PYTHON_VERSION"], *(told.groups() if told else ())}:
+        wrong.append(f"Python {launcher} launches, and the runbook tells of no image for it")
     tags = {
         *re.findall(r"IMAGE:([\d.]+)-", dockerfile),
         *re.findall(r"\bVERSION=([\d.]+)", runbook),
+        *re.findall(r"worker:([\d.]+)-", DAG),
     }
     if tags != {pipeline.__version__}:
         wrong.append(f"tags {tags}")
@@ -73,12 +87,24 @@ def test_launcher_image_and_lock_agree():
     [
         ("BEAM_VERSION=2.77.0", "BEAM_VERSION=2.76.0"),
         ("PYTHON_VERSION=3.11", "PYTHON_VERSION=3.10"),
+        ("PYTHON_VERSION=3.11", "PYTHON_VERSION=3.12"),
+        ("python311-template", "python312-template"),
         (f"IMAGE:{pipeline.__version__}-gpu", "IMAGE:0.0.9-gpu"),
     ],
 )
 def test_a_version_that_differs_is_seen(change):
     assert change[0] in DOCKERFILE
     assert disagreements(DOCKERFILE.replace(*change), pins("runtime.txt"), RUNBOOK)
+
+
+def test_the_launching_python_is_looked_at(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", SimpleNamespace(major=3, minor=14))
+    assert disagreements(DOCKERFILE, pins("runtime.txt"), RUNBOOK)
+
+
+def test_the_installed_beam_is_looked_at(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.76.0")
+    assert disagreements(DOCKERFILE, pins("runtime.txt"), RUNBOOK)
 
 
 def test_the_gpu_lock_is_the_runtime_lock_and_cuda():
@@ -204,6 +230,42 @@ def test_the_runbook_names_flags_that_there_are():
     for command in commands:
         flags = re.findall(r"--(\w+)", command)
         assert [flag for flag in flags if flag not in ours and flag not in BEAM_FLAGS] == []
+
+
+def test_the_runbook_tells_what_the_plan_does():
+    (command,) = re.findall(r"python -m pipeline\.plan((?:.*\\\n)+.*)", RUNBOOK)
+    words = command.replace("\\", "").split()
+    told = {}
+    for workers in ("1", "4"):
+        told[workers] = plan.reckon(plan.parser().parse_args([*words[:-1], workers]))
+    one, four = told.values()
+    text = " ".join(RUNBOOK.split())
+    assert (
+        f"reckons {one['hours']:.2f} h, {one['gpu_hours']:.2f} GPU hours and "
+        f"{one['usd']['run']:.2f} USD, and {one['usd_a_month']:.2f} USD a month to keep the "
+        f"output; with `--workers 4` "
+        f"{four['hours']:.2f} h and {four['usd']['run']:.2f} USD" in text
+    )
+    assert f"reckons {one['vcpus_to_a_gpu']} where photographs are small" in text
+    most = set(re.findall(r"--max[_-](?:num_)?workers[ `]+(\d+)", RUNBOOK))
+    assert most == {"4"}
+    assert "| 4 |" in RUNBOOK.split("`GPUS_ALL_REGIONS`")[1].splitlines()[0]
+
+
+def test_the_runbook_makes_the_tars_that_it_reads(tmp_path, job):
+    for number in range(7):
+        path = tmp_path / "photos" / f"day {number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(40 + number, 30))
+    (block,) = [b for b in re.findall(r"```bash\n(.*?)```", RUNBOOK, re.S) if "tar --create" in b]
+    script = block.replace("5000", "3").partition("gcloud")[0]
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True)
+    assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == [
+        f"photos-{number:05}.tar" for number in range(3)
+    ]
+    ran = job(tmp_path / "tars" / "*.tar", sink="null", stop_after="decode", id_key="__key__")
+    assert ran.code == 0, ran.stderr
+    assert (ran.line["passed"], ran.line["failures"]) == (7, 0)
 
 
 def test_growing_gpu_memory_is_asked_for_before_anything_touches_it():
