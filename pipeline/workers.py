@@ -59,6 +59,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         try:
             environment = {**os.environ, **_environment(request)}
             with self._lock:
+                self._forget_ended()
                 share = next(self._shares)
                 process = subprocess.Popen(
                     [sys.executable, "-m", "apache_beam.runners.worker.sdk_worker_main"],
@@ -77,10 +78,21 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
     def StopWorker(self, request: Any, context: Any) -> Any:
         """End the worker of that id; one that has ended is no error."""
         with self._lock:
-            process = self._workers.pop((context.peer(), request.worker_id), None)
+            self._forget_ended()
+            asker = context.peer(), request.worker_id
+            if asker not in self._workers:
+                # After an idle connection was closed an engine asks from another port.
+                named = [key for key in self._workers if key[1] == request.worker_id]
+                asker = named[0] if len(named) == 1 else asker
+            process = self._workers.pop(asker, None)
         if process:
             _end([process])
         return beam_fn_api_pb2.StopWorkerResponse()
+
+    def _forget_ended(self) -> None:
+        ended = [key for key, process in self._workers.items() if process.poll() is not None]
+        for key in ended:
+            del self._workers[key]
 
     def stop_all(self) -> None:
         """End every worker."""
@@ -140,7 +152,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted or terminated, then end all workers; returns 0."""
+    """Serve until interrupted or terminated, then end all workers; returns 0, 2 for a bad port."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.workers", allow_abbrev=False)
     parser.add_argument("--host", default="localhost", help="address to listen on")
     parser.add_argument("--port", type=int, required=True, help="port to listen on; 0: any")
@@ -149,9 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
     pool = WorkerPool(request.cores_each)
-    server = grpc.server(ThreadPoolExecutor(16))
+    # Else a second pool could share the port, and workers would start in either.
+    server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
     beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
-    port = server.add_insecure_port(f"{request.host}:{request.port}")
+    try:
+        port = server.add_insecure_port(f"{request.host}:{request.port}")
+    except RuntimeError:
+        sys.stderr.write(f"error: --port {request.port}: cannot be listened at; give a free one\n")
+        return 2
     asked_to_end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked_to_end.set())

@@ -109,6 +109,51 @@ def test_of_two_workers_with_one_id_each_asker_stops_its_own():
         second.StopWorker(stop)  # it has ended: no error
 
 
+def test_a_worker_is_stopped_by_its_asker_from_another_port_where_its_id_is_unique():
+    with served_pool() as (pool, ask):
+        assert not ask().StartWorker(start_request("1-1")).error
+        assert not ask().StartWorker(start_request("1-2")).error
+        pids = {key[1]: process.pid for key, process in pool._workers.items()}
+        ask().StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="1-1"))
+        assert (running(pids["1-1"]), running(pids["1-2"])) == (False, True)
+
+
+def test_of_two_workers_with_one_id_a_stranger_stops_neither():
+    with served_pool() as (pool, ask):
+        for _ in range(2):
+            assert not ask().StartWorker(start_request()).error
+        ask().StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="1-1"))
+        assert all(running(process.pid) for process in pool._workers.values())
+        assert len(pool._workers) == 2
+
+
+def test_workers_that_have_ended_are_forgotten():
+    """Else a killed one would keep the id of the next from being unique."""
+    with served_pool() as (pool, ask):
+        ask().StartWorker(start_request())
+        (dead,) = pool._workers.values()
+        dead.kill()
+        dead.wait()
+        ask().StartWorker(start_request())
+        (alive,) = pool._workers.values()
+        assert alive is not dead
+        ask().StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="1-1"))
+        assert not running(alive.pid)
+
+
+def test_two_pools_do_not_share_a_port(capsys):
+    first = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 1)])
+    port = first.add_insecure_port("localhost:0")
+    first.start()
+    try:
+        assert workers.main(["--port", str(port)]) == 2
+        assert capsys.readouterr().err == (
+            f"error: --port {port}: cannot be listened at; give a free one\n"
+        )
+    finally:
+        first.stop(0).wait()
+
+
 def test_no_worker_outlives_the_pool():
     with served_pool() as (pool, ask):
         ask().StartWorker(start_request())
