@@ -17,6 +17,8 @@ from storage import files
 from storage.errors import RequestError
 
 _SETUP_FILE = Path(__file__).parents[1] / "setup.py"
+# Whose vCPUs do not follow from the GPUs in the name, from Compute Engine's list of machines.
+_ODD_MACHINES = {"a2-megagpu-16g": 96}
 _ONE_PROCESS, _PROCESS_A_CORE = "no_use_multiple_sdk_containers", "use_multiple_sdk_containers"
 # Bundles at once in a worker's one process: some are read and decoded while one is in the model.
 # Each holds up to 64 MiB of encoded pictures and some 100 MB of decoded ones.
@@ -47,13 +49,19 @@ def accelerator(gpu: str | None) -> str | None:
 def workers(options: Options, beam_args: Sequence[str]) -> Workers:
     """The workers that the flags ask for; one core where the machine's name does not tell."""
     machine = _view(beam_args, "WorkerOptions").machine_type or ""
-    custom = re.search(r"custom-(\d+)-\d+", machine)
-    named = custom or re.search(r"-(\d+)g?$", machine)
     gpu = bool(options.gpu or _told_accelerators(beam_args))
-    cores = int(named[1]) if named else 1
-    if named and named[0].endswith("g"):
-        cores = 12 * int(named[1])  # a2-highgpu-2g: two GPUs with twelve vCPUs each
-    return Workers(gpu, cores)
+    return Workers(gpu, _cores(machine))
+
+
+def _cores(machine: str) -> int:
+    """vCPUs of a machine by its name; 1 where it does not tell."""
+    if machine in _ODD_MACHINES:
+        return _ODD_MACHINES[machine]
+    if gpus := re.search(r"^a(\d)-\w+gpu-(\d+)g$", machine):
+        return {"2": 12, "3": 26}.get(gpus[1], 1) * int(gpus[2])  # a2-highgpu-2g: two GPUs
+    named = re.search(r"custom-(\d+)-\d+", machine)
+    named = named or re.search(r"-(\d+)(-lssd|-metal)?$", machine)
+    return int(named[1]) if named else 1
 
 
 def check(options: Options, beam_args: Sequence[str]) -> None:
