@@ -140,14 +140,18 @@ def run(stocked, road, job, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [BUSY, CUT, LOST])
 def test_input_model_and_output_outlast_trouble(run, road, stocked, kind):
-    """The first request for each picture, file of the model, data file and manifest meets it."""
+    """The first request for each picture, file of the model, data file and manifest meets it.
+
+    So do the first look at each object, the first removal, and the first listing of the output.
+    """
 
     def chosen(method, path):
         read = (
             method == "GET" and (".jpg" in path or "model" in path) and not is_listing(method, path)
         )
         written = method in ("PUT", "POST") and "out-" in path
-        return read or written
+        listed = is_listing(method, path) and "out-" in path
+        return read or written or listed or method in ("DELETE", "HEAD")
 
     road.trouble = trouble = OnceEach(kind, chosen)
     ran = run(f"out-{kind}")
