@@ -116,7 +116,7 @@ KEY_SECONDS = Figure(
 RESUME_BYTES = Figure(
     53,
     "bytes/row",
-    "measured: benchmarks.keys, 506 MiB beyond imports for 10 M rows; twice that with --id_key; of "
+    "measured: benchmarks.keys, 506 MiB beyond imports for 10 M rows; of "
     "it 16 stay once sorted, or 32",
 )
 MANIFEST_BYTES = Figure(205, "bytes/file", "measured: json.dumps of an entry, indent 1")
