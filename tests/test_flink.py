@@ -64,9 +64,21 @@ def assert_every_image_once(ran, many):
     assert verified(ran.output) == 0
 
 
+def managers_of_the_last_job(cluster):
+    """The TaskManagers on which subtasks of it ran."""
+    jobs = flink.ask(cluster, "/jobs/overview")["jobs"]
+    job = "/jobs/" + max(jobs, key=lambda job: job["start-time"])["jid"]
+    return {
+        subtask["taskmanager-id"]
+        for vertex in flink.ask(cluster, job)["vertices"]
+        for subtask in flink.ask(cluster, f"{job}/vertices/{vertex['id']}")["subtasks"]
+    }
+
+
 def test_the_rows_are_those_of_the_direct_runner(cluster, tmp_path):
     inputs = write_input(tmp_path / "in")
     ran = run_job(tmp_path, "flink", inputs, *cluster.flags)
+    assert len(managers_of_the_last_job(cluster)) == 2
     assert_same_output(ran, run_job(tmp_path, "direct", inputs))
 
 

@@ -21,3 +21,10 @@ def test_the_rows_are_those_of_the_direct_runner(cluster, tmp_path):
     inputs = write_input(tmp_path / "in")
     ran = run_job(tmp_path, "spark", inputs, *cluster.flags)
     assert_same_output(ran, run_job(tmp_path, "direct", inputs))
+
+
+def test_too_many_failures_are_exit_3(cluster, tmp_path):
+    inputs = write_input(tmp_path / "in")
+    ran = run_job(tmp_path, "spark", inputs, "--max_failure_rate=0.01", *cluster.flags)
+    assert (ran.code, ran.line["status"]) == (3, "too_many_failures")
+    assert not (ran.output / "manifest.json").exists()
