@@ -27,7 +27,8 @@ with DAG(
     start_date=datetime(2026, 1, 1, tzinfo=UTC),
     catchup=False,  # earlier days by `airflow backfill create`
     max_active_runs=1,  # a run takes every core that it finds
-    default_args={"retries": 3},
+    # 5, 10 and 20 minutes after a failure: what a job on Dataflow, going on alone, may need.
+    default_args={"retries": 3, "retry_exponential_backoff": True},
     doc_md=__doc__,
 ) as dag:
     ExtractFeaturesOperator(

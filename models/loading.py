@@ -198,7 +198,9 @@ def default_batch_size(image_size: int, precision: str, on_gpu: bool) -> int:
     """
     if on_gpu:
         return 256
-    return 16 if precision == "bfloat16" and BFLOAT16 and image_size < 300 else 8
+    if image_size > 300:
+        return 4
+    return 16 if precision == "bfloat16" and BFLOAT16 else 8
 
 
 def default_copies(on_gpu: bool) -> int:

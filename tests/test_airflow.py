@@ -324,20 +324,41 @@ def test_the_job_id_reaches_both_operators(airflow, place, tmp_path):
             "sdk_container_image": "europe-docker.pkg.dev/p/features/worker:0.1.0",
             **store.flags,
         }
+        env = {
+            "GOOGLE_APPLICATION_CREDENTIALS": str(credentials),
+            "STORAGE_EMULATOR_HOST": os.environ["STORAGE_EMULATOR_HOST"],
+        }
         told = airflow.python(
-            "-c",
-            SUBMIT,
-            json.dumps([sys.executable, flags]),
-            PYTHONPATH=DAGS_TOO,
-            GOOGLE_APPLICATION_CREDENTIALS=str(credentials),
-            STORAGE_EMULATOR_HOST=os.environ["STORAGE_EMULATOR_HOST"],
+            "-c", SUBMIT, json.dumps([sys.executable, flags]), PYTHONPATH=DAGS_TOO, **env
         )
+        by_dag = _submitted_by_the_dag(airflow, place, store.uri, flags, env)
     assert told.returncode == 0, told.stdout[-3000:]
     *ids, said = json.loads(told.stdout.splitlines()[-1])
     assert ids == [servers.JOB] * 3
     assert "exit 1: ERROR pipeline: run" in said
-    assert [name.split("-")[0] for name in asked] == ["beams", "ours"]
+    assert [name.split("-")[0] for name in asked[:2]] == ["beams", "ours"]
+    assert "state=success" in by_dag, by_dag[-3000:]
+    assert '"status": "submitted"' in by_dag
+    assert asked[2:] == ["image-features-2026-11-01"]
     assert "sdk_pipeline_options" not in told.stdout  # all options, those of s3:// with its secret
+
+
+def _submitted_by_the_dag(airflow, place, uri, flags, env) -> str:
+    """What the DAG tells whose variable names Dataflow; it does not wait for a job nobody runs."""
+    files.write_bytes(f"{uri}/days/2026-11-01/a.jpg", jpeg(30, 30))
+    options = {name: v for name, v in flags.items() if name not in ("input", "model", "output")}
+    service = {"project": "p", "region": "europe-west1", "no_wait_until_finish": True}
+    variable = place.variable(
+        input=f"{uri}/days",
+        model=flags["model"],
+        output=f"{uri}/by-day",
+        runner="DataflowRunner",
+        options={**options, **service},
+    )
+    told = json.dumps(variable)
+    return airflow.command(
+        "dags", "test", OURS, "2026-11-01", AIRFLOW_VAR_IMAGE_FEATURES=told, **env
+    ).stdout
 
 
 # --- a standalone Airflow -----------------------------------------------------------------------
