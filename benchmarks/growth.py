@@ -99,7 +99,7 @@ def main() -> None:
             kept = {figure: told[figure] for figure in ("images", "seconds", "cpu", "peak_mib")}
             results.add(request.results, PART, name, kept, request.fresh and turn == 0)
             note(f"{name}: {kept['seconds']:.1f} s, {kept['peak_mib']:.0f} MiB")
-    results.show(request.results, "growth", table(results.read(request.results).get(PART, {})))
+    results.show_each(request.results, PART, table)
 
 
 if __name__ == "__main__":

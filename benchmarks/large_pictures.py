@@ -77,7 +77,7 @@ def main() -> None:
             figures = measure(data, side)
             results.add(request.results, PART, str(side), figures, request.fresh and turn == 0)
             note(f"{side}: {figures['times']:.1f} times faster")
-    results.show(request.results, PART, table(results.read(request.results)[PART]))
+    results.show_each(request.results, PART, table)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
             figures = compare(made["bfloat16"][name], made["float32"][name])
             results.add(request.results, PART, f"{network}, {name}", figures)
             note(f"{network}, {name}: cosine {figures['least_cosine']:.5f}")
-    results.show(request.results, PART, table(results.read(request.results)[PART]))
+    results.show_each(request.results, PART, table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,15 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def add(folder: Path, part: str, name: str, run: dict[str, Any], fresh: bool = False) -> None:
-    """Add `run`, with its circumstances, to the runs of `name` in `part`; at once, on disk."""
-    data = read(folder)
+    """Add `run`, with its circumstances, to the runs of `name` in `part`; at once, on disk.
+
+    `fresh`: earlier ones on this machine are forgotten.
+    """
+    data, here = read(folder), circumstances()
     runs = data.setdefault(part, {}).setdefault(name, [])
     if fresh:
-        runs.clear()
-    runs.append({**run, "of": circumstances()})
+        runs[:] = [one for one in runs if one["of"]["machine"] != here["machine"]]
+    runs.append({**run, "of": here})
     path = folder / DATA
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".new")
@@ -78,6 +81,23 @@ def show(folder: Path, part: str, text: str, page: Path = PAGE) -> None:
         return
     place = re.compile(rf"(<!-- measured: {part} -->\n).*?(<!-- end -->)", re.DOTALL)
     path.write_text(place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", path.read_text()))
+
+
+def show_each(
+    folder: Path, part: str, make: Callable[[dict[str, list[dict[str, Any]]]], str], place: str = ""
+) -> None:
+    """Show what `make` tells of the runs of `part`, for each machine by itself."""
+    runs = read(folder).get(part, {})
+    machines = sorted({one["of"]["machine"] for found in runs.values() for one in found})
+    texts = []
+    for machine in machines:
+        own = {
+            name: [one for one in found if one["of"]["machine"] == machine]
+            for name, found in runs.items()
+        }
+        head = f"On {machine}:\n\n" if len(machines) > 1 else ""
+        texts.append(head + make({name: found for name, found in own.items() if found}))
+    show(folder, place or part, "\n\n".join(texts))
 
 
 def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:

@@ -88,7 +88,7 @@ def main() -> None:
             figures["first row"] = run(job, watch=place.output / "features")["first"]
             results.add(request.results, PART, network, figures, request.fresh and turn == 0)
             note(f"{network}: first row after {figures['first row']:.1f} s")
-    results.show(request.results, PART, table(results.read(request.results)[PART]))
+    results.show_each(request.results, PART, table)
 
 
 if __name__ == "__main__":

@@ -305,8 +305,9 @@ def table(runs: Runs) -> str:
     return "\n".join([*rows, "", results.caption(every)])
 
 
-def targets(runs: Runs, cores: int) -> str:
+def targets(runs: Runs) -> str:
     """Each target with what was measured; a line only where both sides have run."""
+    cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
 
     def rate(name: str) -> float | None:
         ways = [name, *(f"{name}_{way}" for way in _OTHER_WAYS)]  # a rival counts by its best
@@ -390,11 +391,9 @@ def stages(runs: Runs) -> str:
 
 def show(folder: Path) -> None:
     """Write the tables of all that has been measured."""
-    runs: Runs = results.read(folder).get(PART, {})
-    cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
-    results.show(folder, "throughput", table(runs))
-    results.show(folder, "targets", targets(runs, cores))
-    results.show(folder, "stages", stages(runs))
+    results.show_each(folder, PART, table)
+    results.show_each(folder, PART, targets, "targets")
+    results.show_each(folder, PART, stages, "stages")
 
 
 def main() -> None:
@@ -418,6 +417,10 @@ def main() -> None:
     if request.list:
         print("\n".join(f"{name:24} {contender.shown}" for name, contender in chosen.items()))
         return
+    if "avx512f" not in Path("/proc/cpuinfo").read_text():
+        for name in [name for name in chosen if "bf16" in name]:
+            note(f"{name}: left out, this CPU has no bfloat16")
+            del chosen[name]
     place = Place(request.work)
     place.folder.mkdir(parents=True, exist_ok=True)
     small, large = request.images

@@ -82,6 +82,25 @@ def test_a_table_replaces_its_own_part_of_the_page_alone(tmp_path, capsys):
     assert capsys.readouterr().out == "new \\1\n"
 
 
+def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
+    def add(machine, rate, fresh=False):
+        monkeypatch.setattr(results, "circumstances", lambda: {"machine": machine})
+        results.add(tmp_path, "part", "ours", {"rate": rate}, fresh)
+
+    def make(runs):
+        return " ".join(f"{name} {[run['rate'] for run in found]}" for name, found in runs.items())
+
+    add("one", 1)
+    results.show_each(tmp_path, "part", make)
+    assert capsys.readouterr().out == "ours [1]\n"
+    add("other", 2)
+    add("one", 3)
+    results.show_each(tmp_path, "part", make)
+    assert capsys.readouterr().out == "On one:\n\nours [1, 3]\n\nOn other:\n\nours [2]\n"
+    add("one", 4, fresh=True)
+    assert [run["rate"] for run in results.read(tmp_path)["part"]["ours"]] == [2, 4]
+
+
 def test_every_part_of_the_page_is_made_by_a_benchmark():
     page = (results.ROOT / results.PAGE).read_text()
     parts = {"throughput", "targets", "stages", growth.PART, precision.PART}
@@ -122,7 +141,7 @@ def test_targets_are_held_against_medians_and_told_where_both_sides_ran():
         "decode": ran(1000, cpu_ms=1.0),
         "bare_bf16": ran(250, cpu_ms=7.0),
     }
-    rows = throughput.targets(runs, cores=2).splitlines()[2:]
+    rows = throughput.targets(runs).splitlines()[2:]
     told = {cells[1]: cells[2:5] for cells in ([c.strip() for c in row.split("|")] for row in rows)}
     assert told == {
         "bfloat16 / rival (a), same pixels": ["1.10", "at least 1.05", "met"],
@@ -185,6 +204,6 @@ def test_vectors_are_compared_photograph_by_photograph():
 
 def test_both_sides_of_every_ratio_are_contenders():
     rates = {name: ran(100) for name in throughput.CONTENDERS}
-    rows = throughput.targets(rates, cores=2).splitlines()[2:]
+    rows = throughput.targets(rates).splitlines()[2:]
     assert len(rows) == 15
     assert throughput.table(rates).count("\n| ") == len(throughput.CONTENDERS)
