@@ -244,19 +244,15 @@ NASNET_MOBILE = {
 @pytest.mark.usefixtures("keras2")
 @pytest.mark.parametrize("head", HEADS)
 def test_documented_calls_on_nasnet_mobile(head: Head):
-    directory = exported("saved_model", head, "nasnet_mobile")
     width, trained, fixed, losses = NASNET_MOBILE[head]
-    m = tf.keras.Sequential([hub.KerasLayer(directory)])
-    m.build([None, 224, 224, 3])  # Batch input shape.
-    assert m.output_shape == (None, width)
-
-    layer = hub.KerasLayer(
-        directory,
+    layer = hub.KerasLayer(  # loaded once for both: it takes many seconds
+        exported("saved_model", head, "nasnet_mobile"),
         trainable=True,
         arguments=dict(batch_norm_momentum=0.997),  # noqa: C408
     )
-    images = tf.constant(pictures("nasnet_mobile")[:1])
-    assert np.array_equal(layer(images), m(images))
+    m = tf.keras.Sequential([layer])
+    m.build([None, 224, 224, 3])  # Batch input shape.
+    assert m.output_shape == (None, width)
     assert len(layer.trainable_weights) == trained
     assert len(layer.non_trainable_weights) == fixed
     assert len(layer.losses) == losses
