@@ -7,7 +7,6 @@ have the model's own type, for every precision.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -87,7 +86,6 @@ class LoadedModel:
 
     def __init__(self, info: ModelInfo, runs: Sequence[Run]):
         self.info = info
-        self._lanes = len(runs)
         self._idle: queue.SimpleQueue[Run] = queue.SimpleQueue()
         for run in runs:
             self._idle.put(run)
@@ -111,20 +109,6 @@ class LoadedModel:
             return run(pixels)
         finally:
             self._idle.put(run)
-
-    def warm(self, batch_size: int) -> None:
-        """Let each of its runs make its kernels for batches of this size; tells of no error."""
-        pixels = np.zeros((batch_size, self.info.image_size, self.info.image_size, 3), np.uint8)
-
-        def run() -> None:
-            with contextlib.suppress(Exception):  # the first real batch will meet it again
-                self(pixels)
-
-        threads = [threading.Thread(target=run, daemon=True) for _ in range(self._lanes)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
 
 
 _loaded: dict[LoadSpec, LoadedModel] = {}

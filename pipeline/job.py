@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import sys
-import threading
 import time
 import uuid
 from collections import Counter
@@ -60,9 +58,6 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         output = None if options.sink == "null" else files.absolute(options.output)
         return failed(output, error, started)
     waited = dataflow.is_waited_for(beam_args)
-    if not plan.stop_after and preflight.runs_here(beam_args):
-        # Beside Beam's import and the first decoding.
-        threading.Thread(target=_warm, args=[plan], daemon=True).start()
     try:
         result = run_graph(plan, beam_args)
         if plan.sink == "null":
@@ -82,14 +77,6 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     finally:
         if plan.finished and waited:  # else the job reads it yet, and its commit removes it
             files.delete([plan.finished])
-
-
-def _warm(plan: Plan) -> None:
-    """Let the model make its kernels; whatever is wrong the first real batch will tell."""
-    from models.loading import load
-
-    with contextlib.suppress(RequestError):
-        load(plan.model).warm(plan.batch_size)
 
 
 def failed(output: str | None, error: BaseException, started: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from reference_weights import images
 
 from models import loading
 from models.export import export_saved_model
-from models.loading import BFLOAT16, Hints, LoadedModel, LoadSpec, ModelError, OutOfMemory, load
+from models.loading import BFLOAT16, Hints, LoadSpec, ModelError, load
 from storage.errors import RequestError
 
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -185,18 +185,6 @@ def test_a_picture_has_the_same_bits_at_every_place_in_a_batch(size):
         found.append({name: vectors[place] for name, vectors in model(batch).items()})
     for vectors in found:
         assert all(np.array_equal(vectors[name], found[0][name]) for name in vectors)
-
-
-def test_warming_runs_every_lane_once_and_tells_of_no_error():
-    sizes = []
-
-    def run(pixels):
-        sizes.append(pixels.shape)
-        raise OutOfMemory("for the test")
-
-    info = load(LoadSpec(exports.exported("saved_model", "classification"))).info
-    LoadedModel(info, [run] * 3).warm(5)
-    assert sizes == [(5, SIZE, SIZE, 3)] * 3
 
 
 def test_calls_run_side_by_side_give_the_same_bits():
