@@ -44,7 +44,7 @@ LONGEST_SIDE = 1 << 20  # pixels: rows cost memory too, 1 x 8000000 takes 214 MB
 LONGEST_STRIP = 64  # short sides: what cover sees of a strip; 1 x 10000 would become 500 Mpx
 
 # Texts and colour profiles of PNG, decompressed: real ones of print and of scanners have megabytes.
-PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes of one
+PngImagePlugin.MAX_TEXT_CHUNK = 8 << 20  # bytes of one
 PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # bytes of a picture's texts
 
 # The cap is ours, on every format and per call. Pillow's would only warn up to twice its limit, and
