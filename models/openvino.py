@@ -34,8 +34,8 @@ class _Engine:
             import openvino
         except ImportError as error:
             raise ModelError(
-                f"--engine openvino: it is not installed here ({error}); pip install "
-                "'image-features[openvino]', or leave the flag out"
+                f"--engine openvino: it is not installed here ({error}); pip install openvino, or "
+                "leave the flag out"
             ) from None
         self.outputs = tuple(outputs)
         self._core = openvino.Core()
