@@ -207,7 +207,7 @@ class _ForkServer:
     def __init__(self, memory: int, decoder: Decoder):
         self._lock = threading.Lock()
         self._errors, self._words = _errors_file(), ""
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control, theirs = _pair(socket.SOCK_SEQPACKET)
         life_line, self._life = os.pipe()
         order = {
             # Last where this package is, for an import hook may have found it.
@@ -236,7 +236,7 @@ class _ForkServer:
 
     def start(self, how: Preprocessing) -> _Process:
         """A new process that decodes by `how`. EOFError or OSError where this server is gone."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = _pair(socket.SOCK_STREAM)
         process = _Process(self, ours, _errors_file(), how.size)
         try:
             with theirs:
@@ -328,6 +328,17 @@ class _Process:
         """Let go of it."""
         self._connection.close()
         os.close(self.errors)
+
+
+def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets that block, whatever default timeout a library has set.
+
+    Beam's client of gs:// sets one, and the other end would find its own not ready.
+    """
+    pair = socket.socketpair(socket.AF_UNIX, kind)
+    for end in pair:
+        end.setblocking(True)
+    return pair
 
 
 def _send(connection: socket.socket, head: bytes, body: memoryview) -> None:

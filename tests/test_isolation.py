@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -214,6 +215,19 @@ def test_a_process_killed_during_a_picture_costs_none(start):
         (worker,) = set(running(group(processes))) - {group(processes)}
         os.kill(worker, signal.SIGKILL)
         assert answer.result(60)[1:] == (64, 48)
+
+
+def test_a_default_timeout_of_sockets_changes_nothing(start):
+    socket.setdefaulttimeout(60)
+    try:
+        processes = start()
+        first = processes._take(fresh=True)
+        time.sleep(0.5)  # now both wait for what has not been sent
+        assert first.ask(PICTURE, 60)[1:] == (64, 48)
+        assert processes.decode(PICTURE)[1:] == (64, 48)
+        first.close()
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_what_was_started_ahead_is_taken_once_and_ends_where_it_is_not(start):
