@@ -112,6 +112,8 @@ class _Check:
         self._manifest = manifest
         self._problem = problem
         self._widths: Mapping[str, int] = manifest["model"]["outputs"]
+        asked = (manifest.get("options") or {}).get("outputs")
+        self._vectors = tuple(asked or self._widths)  # that were to be written
         self._schemas: dict[str, tuple[str, pa.Schema]] = {}  # kind -> first file and its schema
 
     def parts(self) -> list[PartFile]:
@@ -182,6 +184,9 @@ class _Check:
             self._problem(f"{path}: another schema than {first} ({', '.join(differs) or 'order'})")
         if kind == FAILURES and not schema.equals(table.FAILURE_SCHEMA):
             self._problem(f"{path}: not the schema of failures")
+        missing = [name for name in self._vectors if name not in schema.names]
+        if kind == FEATURES and missing:
+            self._problem(f"{path}: has no {' and no '.join(missing)}, which the run was to write")
         fingerprint = (schema.metadata or {}).get(b"model_fingerprint", b"").decode()
         if fingerprint != self._manifest["model"].get("fingerprint"):
             self._problem(f"{path}: rows of the model {fingerprint or '(none told)'}")

@@ -365,6 +365,23 @@ def test_files_of_two_schemas(tmp_path, check):
     ]
 
 
+def test_a_vector_that_the_run_was_to_write_and_no_file_has(tmp_path, check):
+    commit(tmp_path, write_part(tmp_path, FEATURES, "a", features(2)))
+
+    def two_outputs(manifest):
+        manifest["model"]["outputs"]["logits"] = 3
+
+    def asked_for_one(manifest):
+        manifest["options"]["outputs"] = ["embedding"]
+
+    change(tmp_path, two_outputs)
+    code, _, problems = check(tmp_path)
+    assert (code, len(problems)) == (1, 1)
+    assert problems[0].endswith("has no logits, which the run was to write")
+    change(tmp_path, asked_for_one)
+    assert check(tmp_path)[0] == 0
+
+
 # ---------------------------------------------------------------- what is no output
 
 
