@@ -123,7 +123,8 @@ def _hidden(name: str) -> bool:
 def _find_remote(pattern: str) -> Iterator[FileInfo]:
     whole_folder = False
     if _GLOB.search(pattern):
-        found = _match(pattern)
+        # A name may hold these characters; one look is less than listing twice.
+        found = _match(glob.escape(pattern) if is_file(pattern) else pattern)
     else:
         whole_bucket = pattern.count("/") == 2
         found = [] if pattern.endswith("/") or whole_bucket else _match(pattern)
@@ -147,6 +148,11 @@ def _match(pattern: str, limit: int | None = None) -> list[FileInfo]:
     ]
 
 
+def _below(folder: str) -> str:
+    """What matches all objects below `folder`, whatever characters its name has."""
+    return glob.escape(folder.rstrip("/")) + "/**"
+
+
 def _store_error(path: str, error: Exception) -> OSError:
     """What a store's client raised, which may be of any class, as an OSError that names `path`."""
     absent = type(error).__name__ in ("NotFound", "FileNotFoundError")
@@ -157,7 +163,7 @@ def occupied(folder: str) -> bool:
     """Whether any object lies under `folder` (or at it)."""
     if is_remote(folder):
         # Limits the listing to one page on a large output.
-        return bool(_match(folder.rstrip("/") + "/**", limit=1))
+        return bool(_match(_below(folder), limit=1))
     if not os.path.isdir(folder):
         return os.path.lexists(folder)
     with os.scandir(folder) as entries:
@@ -177,7 +183,7 @@ def is_file(path: str) -> bool:
 def list_folder(folder: str) -> list[FileInfo]:
     """Every file right in or below `folder`, hidden ones too; empty where it does not exist."""
     if is_remote(folder):
-        return _match(folder.rstrip("/") + "/**")
+        return _match(_below(folder))
     return [
         FileInfo(str(path), path.stat().st_size)
         for path in sorted(Path(folder).rglob("*"))
@@ -189,7 +195,7 @@ def size_of(path: str) -> int:
     """Bytes of the file at `path`. Raises OSError."""
     if not is_remote(path):
         return os.path.getsize(path)
-    found = _match(path)
+    found = _match(glob.escape(path))
     if not found:
         raise FileNotFoundError(f"{path}: nothing is there")
     return found[0].size
@@ -478,7 +484,7 @@ def version(path: str) -> str:
     if not is_remote(path):
         status = os.stat(path)
         return f"{status.st_size} {status.st_mtime_ns}"
-    found = _match(path)
+    found = _match(glob.escape(path))
     if not found:
         raise FileNotFoundError(f"{path}: nothing is there")
     return f"{found[0].size} {found[0].changed}"

@@ -215,7 +215,8 @@ class Store:
 
 @pytest.fixture
 def store(monkeypatch):
-    fake = Store(["gs://b/d/a.jpg", "gs://b/d/_x", "gs://b/d/sub/c.jpg", "gs://b/d2/e.jpg"])
+    names = ["d/a.jpg", "d/_x", "d/sub/c.jpg", "d2/e.jpg", "d3/a[1].jpg", "d3/a1.jpg"]
+    fake = Store([f"gs://b/{name}" for name in names])
     monkeypatch.setattr(files, "_beam", lambda: fake)
     return fake
 
@@ -228,6 +229,8 @@ def store(monkeypatch):
         ("gs://b/d/a.jpg", ["gs://b/d/a.jpg"]),
         ("gs://b/d/_x", ["gs://b/d/_x"]),
         ("gs://b/d/*.jpg", ["gs://b/d/a.jpg"]),
+        ("gs://b/d3/a[1].jpg", ["gs://b/d3/a[1].jpg"]),
+        ("gs://b/d3/a[12].jpg", ["gs://b/d3/a1.jpg"]),
         ("gs://b/nothing", []),
     ],
 )
