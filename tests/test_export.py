@@ -20,8 +20,10 @@ import tf_keras
 from exports import exported, pictures, values
 from tensorflow.core.protobuf import saved_model_pb2
 
-from models.catalog import HEADS, ONE_CELL, Head
+from models.catalog import HEADS, NETWORKS, ONE_CELL, Head
+from models.checkpoint import seeded
 from models.export import export_hub_v1, export_saved_model, write_archive
+from models.loading import LoadSpec, load
 from models.networks import build, is_kernel, is_trainable, variable_shapes
 
 EXPORTERS = [export_saved_model, export_hub_v1]
@@ -256,6 +258,27 @@ def test_documented_calls_on_nasnet_mobile(head: Head):
     assert len(layer.trainable_weights) == trained
     assert len(layer.non_trainable_weights) == fixed
     assert len(layer.losses) == losses
+
+
+@pytest.mark.engines  # none of them, but minutes
+@pytest.mark.usefixtures("keras2")
+@pytest.mark.parametrize(
+    ("network", "head", "output", "width"),
+    [
+        ("nasnet_large", "classification", "logits", 1001),
+        ("pnasnet_large", "feature_vector", "embedding", 4320),
+    ],
+)
+def test_documented_calls_on_large_networks(tmp_path, network, head, output, width):
+    spec, directory = NETWORKS[network], str(tmp_path / "model")
+    export_saved_model(spec, seeded(variable_shapes(spec, head), 0), head, directory)
+    m = tf.keras.Sequential([hub.KerasLayer(directory)])
+    m.build([None, 331, 331, 3])  # Batch input shape.
+    assert m.output_shape == (None, width)
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 331, 331, 3), np.uint8)
+    wanted = m(pixels / np.float32(255)).numpy()
+    got = load(LoadSpec(directory))(pixels)[output]
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 # TF1: the hub.Module directory
