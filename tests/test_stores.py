@@ -109,7 +109,7 @@ def test_an_occupied_output_is_seen_without_listing_it(many, road):
 def test_names_that_look_like_globs_are_names(road):
     folder = f"{road.store.uri}/odd[1]"
     put(folder, {"a[1].jpg": b"1", "a1.jpg": b"12", "b?.jpg": b"123"})
-    put(f"{road.store.uri}/odd1", {"c.jpg": b""})
+    put(f"{road.store.uri}/odd1", {"c.jpg": b"1"})
     assert [info.size for info in files.find(f"{folder}/a[1].jpg")] == [1]
     assert [info.size for info in files.find(f"{folder}/b?.jpg")] == [3]
     assert files.size_of(f"{folder}/b?.jpg") == 3
