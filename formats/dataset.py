@@ -14,8 +14,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,7 +42,8 @@ from storage.steady import SteadyStream
 
 FORMAT_VERSION = 1
 FEATURES, FAILURES = "features", "failures"
-_BATCH_ROWS = 1 << 16  # rows whose key is held as text at once
+_READERS = 16  # files of a store that are read at once
+_BATCH_ROWS = 1 << 14  # rows whose key is held as text at once, for each of them
 _COPY_BYTES = 1 << 20
 _TOLD, _SHORT = 5, 40  # differences that are told of, and characters of a value in them
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
@@ -62,6 +64,9 @@ _ENTRY: dict[str, type] = {"path": str, "rows": int, "bytes": int, "sha256": str
 _LEFTOVER = re.compile(
     r"(features|failures)/part-[^/]*|(_failed/[^/]+/)?((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
 )
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,20 +211,6 @@ def _is_data(path: str) -> bool:
     return name.startswith("part-") and name.endswith(".parquet")
 
 
-def whole_parts(output: str, sizes: Mapping[str, int] | None = None) -> Iterator[str]:
-    """The data files under `output` that are whole, named by a manifest or not.
-
-    `sizes`: what lies there, where it has been listed.
-    """
-    for path, size in sorted((_list_parts(output) if sizes is None else sizes).items()):
-        if _is_data(path):
-            try:
-                open_part(output, path, size).close()
-            except pa.ArrowInvalid:
-                continue
-            yield path
-
-
 def describe_part(
     output: str, path: str, size: int, entry: Mapping[str, Any] | None = None
 ) -> PartFile:
@@ -232,11 +223,12 @@ def describe_part(
     keys, reasons = bytearray(), Counter[str]()
     failures = path.startswith(f"{FAILURES}/")
     names = ["key", "stage", "error_class"] if failures else ["key"]
-    for batch in _column_batches(output, path, size, names):
-        keys += key_digests(batch.column("key"))
-        if failures:
-            pairs = (batch.column(name).to_pylist() for name in names[1:])
-            reasons.update(f"{s}/{c}" for s, c in zip(*pairs, strict=True))
+    with open_part(output, path, size) as part:
+        for batch in _column_batches(part, names):
+            keys += key_digests(batch.column("key"))
+            if failures:
+                pairs = (batch.column(name).to_pylist() for name in names[1:])
+                reasons.update(f"{s}/{c}" for s, c in zip(*pairs, strict=True))
     rows = len(keys) // DIGEST_BYTES
     if entry is not None and (entry["bytes"], entry["rows"]) != (size, rows):
         raise RunError(
@@ -247,11 +239,19 @@ def describe_part(
     return PartFile(path, rows, sha256, bytes(keys), size, dict(reasons))
 
 
-def _column_batches(
-    output: str, path: str, size: int, names: Sequence[str]
-) -> Iterator[pa.RecordBatch]:
-    with open_part(output, path, size) as part:
-        yield from part.iter_batches(_BATCH_ROWS, columns=list(names), use_threads=False)
+def _column_batches(part: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    return part.iter_batches(_BATCH_ROWS, columns=list(names), use_threads=False)
+
+
+def _of_each(
+    output: str, function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[Result]:
+    """`function` of each of `items`, in order; some at once on a store, which takes its time."""
+    if not files.is_remote(output):
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(_READERS) as threads:
+        yield from threads.map(function, items)
 
 
 def _sha256(output: str, path: str, size: int) -> str:
@@ -306,8 +306,26 @@ def resume(
     below = len(files.join(output, ""))
     present = {info.path[below:]: info.size for info in files.list_folder(output)}
     sizes = {path: size for path, size in present.items() if _PART.fullmatch(path)}
-    whole = [path for path in whole_parts(output, sizes) if path not in superseded]
-    lost = set(listed).difference(whole)
+
+    def again(path: str) -> bool:
+        return retry is not None and path.startswith(f"{FAILURES}/")
+
+    def may_stay(path: str) -> bool:
+        if path in superseded:
+            return False
+        # What a file was made of is still there; a killed run that was overwritten since may have
+        # had other pictures.
+        made_anew = _DERIVED.search(path) or (manifest and _is_older(path, manifest["run_id"]))
+        return path in listed or not (made_anew or again(path))
+
+    def look(path: str) -> _Look | None:
+        return _look(output, path, sizes[path], rows, path in listed, again(path))
+
+    seen = sorted(filter(may_stay, filter(_is_data, sizes)))
+    looks = {
+        path: found for path, found in zip(seen, _of_each(output, look, seen), strict=True) if found
+    }
+    lost = set(listed).difference(looks)
     if lost:
         raise RequestError(
             f"--output {output}: {min(lost)} is named by the manifest and missing or damaged; "
@@ -322,33 +340,69 @@ def resume(
     kept: list[str] = []
     finished = bytearray()
     retried: list[str] = []
-    failed: set[str] = set()  # sources of these
+    sources: set[str] = set()  # of these
     counts: dict[str, int] = {}
-    for path in whole:
-        if retry is not None and path.startswith(FAILURES):
-            if path in listed:
-                retried.append(path)
-                for batch in _column_batches(output, path, sizes[path], ["source"]):
-                    failed.update(batch.column(0).unique().to_pylist())
+    for path in seen:
+        found = looks.pop(path, None)  # let go of, so that nothing is held twice
+        if found is None or (found.other and path not in listed and manifest):
             continue
-        if path not in listed and _DERIVED.search(path):
-            continue  # the files it was made of are still there
-        if path not in listed and manifest and _is_older(path, manifest["run_id"]):
-            continue  # of a killed run that was overwritten since, perhaps of other pictures
-        with open_part(output, path, sizes[path]) as part:
-            other = _other_rows(part.schema_arrow.metadata or {}, rows)
-        if other and path not in listed and manifest:
-            continue
-        if other:
+        if found.other:
             raise RequestError(
                 f"--if_exists resume: {files.join(output, path)} was made with another "
-                f"{other}; one output would hold two kinds of rows; use the earlier options, "
+                f"{found.other}; one output would hold two kinds of rows; use the earlier options, "
                 "another --output or --if_exists overwrite"
             )
+        if found.sources is not None:
+            retried.append(path)
+            sources |= found.sources
+            continue
         kept.append(path)
-        for batch in _column_batches(output, path, sizes[path], ["key", *_PLACE]):
+        finished += found.finished
+        for name, count in found.counts.items():
+            counts[name] = max(counts.get(name, 0), count)
+    retired = sorted(
+        path
+        for path in present.keys() - {*kept, *retried}
+        if _LEFTOVER.fullmatch(path) and files.abandoned(files.join(output, path))
+    )
+    reread = b"".join(map(key_digest, sorted(sources.intersection(retry or ()))))
+    return Resumed(tuple(kept), tuple(retried), tuple(retired), finished, reread, counts)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What resuming learns of a whole file: what is `other` in how its rows were made, else of its
+    rows what `Resumed` has of all; `sources`, and nothing else, of failures to be tried again.
+    """
+
+    other: str | None = None
+    sources: set[str] | None = None
+    finished: Bytes = b""
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def _look(
+    output: str, path: str, size: int, rows: Mapping[str, Any], is_listed: bool, again: bool
+) -> _Look | None:
+    """What there is to know of a file, by opening it once; None where it is not whole."""
+    try:
+        part = open_part(output, path, size)
+    except pa.ArrowInvalid:
+        return None
+    with part:
+        if again:
+            sources: set[str] = set()
+            for batch in _column_batches(part, ["source"]):
+                sources.update(batch.column(0).unique().to_pylist())
+            return _Look(sources=sources)
+        other = _other_rows(part.schema_arrow.metadata or {}, rows)
+        if other:
+            return _Look(other)
+        finished = bytearray()
+        counts: dict[str, int] = {}
+        for batch in _column_batches(part, ["key", *_PLACE]):
             key, source, index = batch.columns
-            if path in listed:
+            if is_listed:
                 finished += key_digests(key)
             else:  # another image of this id may yet come first
                 finished += image_digests(key, source, index)
@@ -360,18 +414,12 @@ def resume(
                 known = pc.or_(known, damage)
                 records = records.filter(pc.invert(damage))  # which may lie behind the last one
             finished += place_digests(source.filter(known), index.filter(known))
-            most = records.group_by("source")
-            for name, last in zip(*most.aggregate([("index", "max")]).columns, strict=True):
+            most = records.group_by("source").aggregate([("index", "max")])
+            for name, last in zip(*most.columns, strict=True):
                 if last.is_valid:
                     text = name.as_py()
                     counts[text] = max(counts.get(text, 0), last.as_py() + 1)
-    retired = sorted(
-        path
-        for path in present.keys() - {*kept, *retried}
-        if _LEFTOVER.fullmatch(path) and files.abandoned(files.join(output, path))
-    )
-    reread = b"".join(map(key_digest, sorted(failed.intersection(retry or ()))))
-    return Resumed(tuple(kept), tuple(retried), tuple(retired), finished, reread, counts)
+    return _Look(finished=finished, counts=counts)
 
 
 def _is_damage(key: pa.Array, source: pa.Array) -> pa.Array:
@@ -430,26 +478,29 @@ def _still_failed(
     if not failures:
         return []
     keys = DigestSet.of(b"".join(part.keys for part in fresh))
-    found = bytearray()
-    for part in fresh:
-        for batch in _column_batches(run.output, part.path, part.bytes, _PLACE):
-            found += place_digests(*batch.columns)
-    places, reread = DigestSet.of(found), DigestSet.of(run.reread)
+
+    def places_of(part: PartFile) -> bytes:
+        with open_part(run.output, part.path, part.bytes) as reader:
+            return b"".join(place_digests(*b.columns) for b in _column_batches(reader, _PLACE))
+
+    places = DigestSet.of(b"".join(_of_each(run.output, places_of, fresh)))
+    reread = DigestSet.of(run.reread)
     left = []
     for number, part in enumerate(failures):
         dropped: set[int] = set()
         start = 0
         names = ["key", *_PLACE, "error_class"]
-        for batch in _column_batches(run.output, part.path, part.bytes, names):
-            rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-            dropped.update(
-                row
-                for row, (key, source, index, error_class) in enumerate(rows, start)
-                if key_digest(key) in keys
-                or place_digest(source, index) in places
-                or (error_class != _DUPLICATE and key_digest(source) in reread)
-            )
-            start += batch.num_rows
+        with open_part(run.output, part.path, part.bytes) as reader:
+            for batch in _column_batches(reader, names):
+                rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                dropped.update(
+                    row
+                    for row, (key, source, index, error_class) in enumerate(rows, start)
+                    if key_digest(key) in keys
+                    or place_digest(source, index) in places
+                    or (error_class != _DUPLICATE and key_digest(source) in reread)
+                )
+                start += batch.num_rows
         if dropped:
             name = f"part-{run.run_id}-retried-{number}"
             part = _without(run.output, part, dropped, name, run.compression)
@@ -645,9 +696,12 @@ def _publish(
         )
     if lost := {*run.kept, *run.retried} - set(there):
         raise RunError(f"{run.output}: {min(lost)} is gone, which this run goes on from")
+
+    def describe(path: str) -> PartFile:
+        return describe_part(run.output, path, there[path], listed.get(path))
+
     kept, retried = (
-        [describe_part(run.output, path, there[path], listed.get(path)) for path in paths]
-        for paths in (run.kept, run.retried)
+        list(_of_each(run.output, describe, paths)) for paths in (run.kept, run.retried)
     )
     kept += _still_failed(run, retried, fresh)
     earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)

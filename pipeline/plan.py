@@ -257,10 +257,11 @@ def limits(images: int, objects: int, parts: int, gib: float, store: str) -> lis
     pages = objects / figures.PAGE_OBJECTS.value
     request = figures.REQUEST_SECONDS.value
     resume = figures.S3_RESUME_REQUESTS if store == "s3" else figures.RESUME_REQUESTS
+    readers = figures.RESUME_READERS.value
     grows = [
         ("listing in memory", objects * figures.LISTED_BYTES.value, hold, "bytes"),
         ("listing, page by page", pages * figures.PAGE_SECONDS.value, 2 * _HOUR, "s"),
-        ("files to resume", parts * resume.value * request, 2 * _HOUR, "s"),
+        ("files to resume", parts * resume.value * request / readers, 2 * _HOUR, "s"),
         ("small files, for a reader", parts * figures.READS_AN_OBJECT.value * request, _HOUR, "s"),
         ("commit time", commit_seconds(images, parts), 2 * _HOUR, "s"),
         ("keys in the commit", images * figures.KEY_BYTES.value, hold, "bytes"),

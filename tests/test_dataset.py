@@ -35,7 +35,6 @@ from formats.dataset import (
     read_verdict,
     resume,
     settle,
-    whole_parts,
 )
 from formats.digests import image_digest, key_digest, place_digest
 from formats.records import Failure, Features, ImageRef
@@ -964,7 +963,7 @@ def test_the_temporary_of_a_worker_that_was_lost_is_removed_by_its_own_run(tmp_p
 def test_files_that_are_no_parquet_are_not_whole(tmp_path, data):
     part = write_part(tmp_path, FEATURES, "r1-a", images(0))
     (tmp_path / "features" / "part-r1-b.parquet").write_bytes(data)
-    assert list(whole_parts(str(tmp_path))) == [part.path]
+    assert list(resumed(tmp_path).kept) == [part.path]
 
 
 MANIFEST = (
