@@ -14,7 +14,6 @@ import http.client
 import os
 import re
 import shutil
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -145,23 +144,20 @@ def cache_folder() -> Path:
 def _scratch() -> Iterator[Path]:
     """A folder in the cache for what is on its way, removed at the end."""
     cache = cache_folder()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(files.NewFile.track(tempfile.mkdtemp(prefix=".tmp-", dir=cache)))
-    except OSError as error:
-        raise RequestError(
-            f"--model: cannot be kept in {cache} ({error}); set IMAGE_FEATURES_CACHE to a folder "
-            "that you may write to"
-        ) from None
-    for left in cache.glob(".tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(files.scratch(cache, ".tmp-"))
+        except OSError as error:
+            raise RequestError(
+                f"--model: cannot be kept in {cache} ({error}); set IMAGE_FEATURES_CACHE to a "
+                "folder that you may write to"
+            ) from None
+        for left in cache.glob(".tmp-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        files.NewFile.forget(str(scratch))
 
 
 def _cached(identity: str, address: str, sha256: str | None) -> str:

@@ -303,15 +303,16 @@ class NewFile:
         from apache_beam.io.filesystem import CompressionTypes
 
         self._handle.seek(0)
-        with _beam().create(
+        target = _beam().create(
             self.path, "application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
-        ) as target:
-            try:
-                while chunk := self._handle.read(_COPY_BYTES):
-                    target.write(chunk)
-            except BaseException:
-                _spoil(target)
-                raise
+        )
+        try:
+            while chunk := self._handle.read(_COPY_BYTES):
+                target.write(chunk)
+            target.close()
+        except BaseException:
+            _spoil(target)
+            raise
 
     def abort(self) -> None:
         """Forget the file; nothing appears."""
@@ -350,6 +351,17 @@ class NewFile:
         cls._open.discard(path)
 
 
+@contextlib.contextmanager
+def scratch(parent: str | Path | None = None, prefix: str | None = None) -> Iterator[Path]:
+    """A local temporary folder, gone at the end of the block or of an interrupted run."""
+    folder = NewFile.track(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        NewFile.forget(folder)
+
+
 class _Nowhere:
     """Takes an upload's bytes and does nothing."""
 
@@ -361,13 +373,18 @@ class _Nowhere:
 
 
 def _spoil(target: Any) -> None:
-    """Keep a stream to s3:// from publishing what came so far when it is closed.
+    """Keep a stream that failed from publishing what came so far.
 
-    One to gs:// is cancelled by leaving its `with` with an error.
+    It would try once more when it is closed, by the garbage collector at the latest, at any time
+    and in any thread.
     """
     raw: Any = getattr(target, "raw", None)
-    if hasattr(raw, "_uploader"):
+    if hasattr(raw, "_uploader"):  # s3://
         raw._uploader = _Nowhere()
+    if hasattr(target, "terminate"):  # gs://
+        with contextlib.suppress(Exception):  # the store forgets by itself what it is not told of
+            target.terminate()
+        target._buffer.close()
 
 
 def _make_folder(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ from pictures import jpeg
 from servers import BUSY, CUT, FORBIDDEN, LOST
 from test_models import stored_rows
 
-from formats import inputs
+from benchmarks import keys
+from formats import dataset, inputs
+from pipeline import figures
 from storage import files, steady
 
 pytestmark = pytest.mark.engines
@@ -227,6 +230,22 @@ def test_a_commit_that_never_arrives_is_resumed(run, road, stocked):
     assert len(manifest["files"]) == 3
 
 
+def test_resuming_asks_no_more_of_a_store_than_the_plan_counts_on(road):
+    output, count = f"{road.store.uri}/many", 20
+    keys.published(output, "r1", keys.write(output, "r1", 0, 10 * count, 10, ids=False))
+    on_s3 = road.store.uri.startswith("s3:")
+    told = figures.S3_RESUME_REQUESTS if on_s3 else figures.RESUME_REQUESTS
+    road.requests.clear()
+    found = dataset.resume(output, dataset.read_manifest(output), keys.ROWS)
+    assert len(found.kept) == count
+    asked = len(road.requests)
+    fresh = keys.write(output, "r2", 10 * count, 10 * count + 10, 10, ids=False)
+    road.requests.clear()
+    keys.published(output, "r2", fresh, if_exists="resume", replaces="r1", kept=found.kept)
+    asked += len(road.requests)
+    assert count < asked <= told.value * count
+
+
 def test_s3_is_reached_by_one_client_however_often(monkeypatch):
     """Making one takes longer than a read."""
     with servers.s3_store() as store:
@@ -265,3 +284,16 @@ def test_what_was_cut_on_its_way_up_is_no_object(road, stocked):
     road.trouble = lambda method, path, body: None
     assert not files.is_file(target)
     assert files.list_folder(f"{stocked}/torn") == []
+
+
+@pytest.mark.parametrize("sent", [10, 3_000_000])
+def test_an_upload_that_was_refused_is_not_made_up_for_later(road, stocked, sent):
+    target = f"{stocked}/late/manifest.json"
+    road.trouble = lambda method, path, body: FORBIDDEN if method in ("PUT", "POST") else None
+    with pytest.raises(OSError, match=r"manifest\.json"):
+        files.write_bytes(target, b"x" * sent)
+    road.trouble = lambda method, path, body: None
+    road.requests.clear()
+    gc.collect()  # closes what was left open
+    assert road.requests == []
+    assert not files.is_file(target)
