@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from storage import files
 from storage.errors import RequestError
@@ -18,16 +18,38 @@ _LOGGERS = ("apache_beam.utils.retry", "apache_beam.internal.gcp.auth")
 Result = TypeVar("Result")
 
 
-class _Heard(logging.Handler):
-    """What a store's client says while it tries on."""
+class _Asker(threading.Thread):
+    """Asks a store; what its client says meanwhile is heard here and shown nowhere.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.done = threading.Event()
+    It cannot be stopped: one that is no longer waited for asks on, unheard, until it ends.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.results: list[Any] = []
+        self.errors: list[Exception] = []
+        self.done = threading.Event()  # it ended, or tried often enough
         self.reason = "no answer"
+        self._call = call
         self._tries = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def run(self) -> None:
+        loggers = [logging.getLogger(name) for name in _LOGGERS]
+        for logger in loggers:
+            logger.addFilter(self.hear)
+        try:
+            self.results.append(self._call())
+        except Exception as error:
+            self.errors.append(error)
+        finally:
+            for logger in loggers:
+                logger.removeFilter(self.hear)
+            self.done.set()
+
+    def hear(self, record: logging.LogRecord) -> bool:
+        """A logger's filter: whether `record` is another's, and to be shown."""
+        if record.thread != self.ident:
+            return True
         text = record.getMessage()
         told, _, error = text.partition("because we caught exception: ")
         self.reason = " ".join((error or told).strip().partition("\n")[0].split())[:300]
@@ -35,22 +57,7 @@ class _Heard(logging.Handler):
         self._tries += bool(error) and not error.startswith("google.auth.")
         if self._tries >= TRIES:
             self.done.set()
-
-
-@contextlib.contextmanager
-def _listening() -> Iterator[_Heard]:
-    heard = _Heard()
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [logger.propagate for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.addHandler(heard)
-            logger.propagate = False
-        yield heard
-    finally:
-        for logger, propagate in zip(loggers, before, strict=True):
-            logger.removeHandler(heard)
-            logger.propagate = propagate
+        return False
 
 
 def soon(path: str, call: Callable[[], Result]) -> Result:
@@ -61,28 +68,17 @@ def soon(path: str, call: Callable[[], Result]) -> Result:
     """
     if not files.is_remote(path):
         return call()
-    results: list[Result] = []
-    errors: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            errors.append(error)
-        finally:
-            heard.done.set()
-
-    with _listening() as heard:
-        threading.Thread(target=ask, daemon=True).start()
-        heard.done.wait(PATIENCE)
-    if errors:
-        raise errors[0]
-    if not results:
+    asker = _Asker(call)
+    asker.start()
+    asker.done.wait(PATIENCE)
+    if asker.errors:
+        raise asker.errors[0]
+    if not asker.results:
         raise RequestError(
-            f"{path}: the store does not answer ({heard.reason}); look at the address, the "
+            f"{path}: the store does not answer ({asker.reason}); look at the address, the "
             "credentials and Beam's flags for them (see --help)"
         )
-    return results[0]
+    return cast(Result, asker.results[0])
 
 
 def check(path: str) -> None:

@@ -48,6 +48,24 @@ def test_beams_retries_are_heard_and_not_shown(caplog):
     assert caplog.text == ""
 
 
+def test_one_that_is_given_up_says_nothing_later_either(caplog, monkeypatch):
+    monkeypatch.setattr(reach, "PATIENCE", 0.05)
+    held, said = threading.Event(), threading.Event()
+    log = logging.getLogger("apache_beam.utils.retry")
+
+    def retries():
+        held.wait()
+        log.warning("waiting before retrying")
+        said.set()
+
+    with pytest.raises(RequestError):
+        reach.soon("s3://b/a", retries)
+    log.warning("of another thread")
+    held.set()
+    assert said.wait(10)
+    assert [record.getMessage() for record in caplog.records] == ["of another thread"]
+
+
 def test_an_address_at_which_nobody_listens(tmp_path, job):
     (tmp_path / "a.jpg").write_bytes(b"x")
     flags = {"s3_endpoint_url": servers.nobody(), "s3_region_name": "us-east-1"}
