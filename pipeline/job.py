@@ -71,6 +71,8 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
         if verdict["status"] == COMPLETE:
             _advise(plan.publication.output)
+        else:
+            _tell_of_failures(plan.publication, verdict["run"])
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
         return failed(plan.publication.output, error, started)
@@ -92,6 +94,23 @@ def _advise(output: str) -> None:
     line = advice(manifest["timing"]) if manifest else None
     if line:
         log.info("%s", line)
+
+
+def _tell_of_failures(run: dataset.Publication, counts: Mapping[str, int]) -> None:
+    """Log why nothing was published, and what to do about it."""
+    folder = files.join(run.output, "_failed", run.run_id)
+    manifest = dataset.read_manifest(folder)
+    reasons = Counter(manifest["failures_by"]) if manifest else Counter()
+    often = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    log.error(
+        "%d of %d images failed (%s), more than --max_failure_rate %g allows, so nothing was "
+        "published; each is told of in %s; mend the input, or give a larger --max_failure_rate",
+        counts["failures"],
+        counts["images"] - counts["skipped"],
+        often,
+        run.max_failure_rate,
+        folder,
+    )
 
 
 def run_graph(plan: Plan, beam_args: Sequence[str]) -> Any:

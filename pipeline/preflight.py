@@ -19,7 +19,7 @@ from formats.dataset import Publication
 from formats.image import Preprocessing
 from formats.isolation import Limits, shared_processes, start_ahead
 from formats.records import DecodedImage, Features, ImageRecord
-from formats.table import TableSpec, metadata_text
+from formats.table import TableSpec, metadata_text, utf8
 from models import handles
 from pipeline import __version__, dataflow
 from pipeline.options import Options
@@ -72,7 +72,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.input, options.input_format, options.allow_empty, output
     )
     for warning in warnings:
-        log.warning("%s", warning)
+        log.warning("%s", utf8(warning))  # not all that takes logs can take other text
     keys = example.ExampleKeys(
         options.image_key, options.id_key, options.label_key, options.columns
     )
