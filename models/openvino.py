@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.freezing import ModelError
 from models.graphs import Graph
+from models.imports import without
+from storage import files
 
 
 def functions(
@@ -31,7 +31,8 @@ class _Engine:
 
     def __init__(self, graph: Graph, outputs: Sequence[str], bfloat16: bool, copies: int):
         try:
-            import openvino
+            with without("openvino_telemetry"):  # importing it would tell its makers of that
+                import openvino
         except ImportError as error:
             raise ModelError(
                 f"--engine openvino: it is not installed here ({error}); pip install openvino, or "
@@ -47,8 +48,8 @@ class _Engine:
         }
         self._lock = threading.Lock()
         self._compiled: dict[int, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "graph.pb"
+        with files.scratch() as folder:
+            path = folder / "graph.pb"
             path.write_bytes(graph.to_whole_def().SerializeToString())
             graph.weights.clear()
             try:

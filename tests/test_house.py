@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"storage"},
     "storage": set(),
 }
-SHARED_STEPS = {"lookahead", "metrics", "reuse"}  # what every step may use
+SHARED_STEPS = {"beam_ml", "lookahead", "metrics", "reuse"}  # what every step may use
 BEAM_AT_THE_TOP = {"pipeline", "transforms"}
 TENSORFLOW = {"tensorflow", "tensorflow_hub", "tf_keras", "keras"}
 EXAMPLES = "formats/example.py"  # where tf.Example is parsed

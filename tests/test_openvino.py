@@ -1,6 +1,9 @@
 """`--engine openvino` computes what TensorFlow does."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import exports
 import numpy as np
@@ -91,3 +94,18 @@ def test_it_and_a_gpu_exclude_one_another(job, tmp_path):
     ran = job(tmp_path, engine="openvino", gpu="nvidia-l4")
     assert ran.code == 2
     assert "computes on CPUs" in ran.stderr
+
+
+def test_its_import_tells_nobody():
+    """OpenVINO's package forks a process that calls its makers where the telemetry is installed."""
+    program = (
+        "import sys\n"
+        "from models.openvino import functions\n"
+        "from models.graphs import Graph\n"
+        "from models.runtime import tf\n"
+        "try: functions(Graph(tf.compat.v1.GraphDef()), [], False, 1)\n"
+        "except Exception: pass\n"
+        "assert 'openvino' in sys.modules and 'openvino_telemetry' not in sys.modules\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True)
