@@ -148,6 +148,7 @@ def _reusable_model(
     images = tf.TensorSpec(image_shape(spec), tf.float32, "images")
     momentum = tf.TensorSpec([], tf.float32, "batch_norm_momentum")
 
+    @tf.function(autograph=False)  # the network is built once for each of its two modes
     def run(
         images: tf.Tensor, training: bool, batch_norm_momentum: tf.Tensor
     ) -> dict[str, tf.Tensor]:
@@ -165,12 +166,12 @@ def _reusable_model(
         return_endpoints: bool = False,
         batch_norm_momentum: float | tf.Tensor = BATCH_NORM_MOMENTUM,
     ) -> tf.Tensor | dict[str, tf.Tensor]:
-        outputs = run(images, training, batch_norm_momentum)
+        outputs = run(images, training, tf.convert_to_tensor(batch_norm_momentum))
         return outputs if return_endpoints else outputs["default"]
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(images.shape, name="inputs")])
     def serve(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"default": run(inputs, False, BATCH_NORM_MOMENTUM)["default"]}
+        return {"default": run(inputs, False, tf.constant(BATCH_NORM_MOMENTUM))["default"]}
 
     def regularization(kernel: tf.Variable) -> Callable[[], tf.Tensor]:
         return tf.function(lambda: l2_loss(spec, kernel), autograph=False, input_signature=[])

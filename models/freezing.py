@@ -7,7 +7,7 @@ values by the first operations on them. What cannot be found is asked for by fla
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from models.graphs import Graph, node_name
 from models.handles import HUB_V1, model_format
 from models.runtime import inline_variables, saved_model_pb2, tf
 from models.safety import check_model
+from storage import files
 from storage.errors import RequestError
 
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -71,7 +72,10 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
     try:
         proto = read_proto(directory)
         check_model(directory, proto, allow_unsafe_ops)
-        loaded = tf.saved_model.load(directory, tags=[] if kind == HUB_V1 else None)
+        if kind == HUB_V1:
+            loaded = tf.saved_model.load(directory, tags=[])
+        else:
+            loaded = _load_signatures(directory, proto)
         find = _hub_v1_function if kind == HUB_V1 else _saved_model_function
         function, tensors, signatures = find(directory, loaded, proto)
         graph = _without_variables(function)
@@ -170,6 +174,82 @@ def read_proto(directory: str) -> Any:
 # --- TF2 ---------------------------------------------------------------------------------------
 
 
+def _load_signatures(directory: str, proto: Any) -> Any:
+    """The SavedModel `proto` of `directory`, for its signatures only; changes `proto`.
+
+    A reusable one holds up to eight traces of the network and 361 losses besides, and TensorFlow's
+    loader would build them all. Left whole where there are none of them, and where no signature
+    tells what to run.
+    """
+    if not _drop_uncalled(proto.meta_graphs[0]):
+        return tf.saved_model.load(directory)
+    with files.scratch() as folder:
+        for name in os.listdir(directory):
+            if name != "saved_model.pb":
+                (folder / name).symlink_to(os.path.join(os.path.abspath(directory), name))
+        (folder / "saved_model.pb").write_bytes(proto.SerializeToString())
+        try:
+            return tf.saved_model.load(str(folder))
+        except Exception as error:
+            raise OSError(str(error).replace(str(folder), directory)) from error
+
+
+def _drop_uncalled(meta: Any) -> bool:
+    """Take out of `meta` what only a caller of the object needs: its `__call__` and its losses.
+
+    False, and nothing changed, where it has neither or no signature to run.
+    """
+    objects = meta.object_graph_def
+    children = {c.local_name: c.node_id for c in objects.nodes[0].children} if objects.nodes else {}
+    if "signatures" not in children:
+        return False
+    signatures = {c.local_name: c.node_id for c in objects.nodes[children["signatures"]].children}
+    if not _serving(signatures):
+        return False
+    at = children.get("regularization_losses")
+    losses = objects.nodes[at].children if at else ()
+    uncalled = {child.node_id for child in losses} | {children.get("__call__", 0)} - {0}
+    uncalled |= {trace.node_id for number in uncalled for trace in objects.nodes[number].children}
+    uncalled -= set(signatures.values())
+    if not uncalled:
+        return False
+    called = set()
+    for number, node in enumerate(objects.nodes):
+        if number in uncalled:
+            node.user_object.identifier = "_generic_user_object"
+        else:  # what sets up tables and the like is called while loading
+            called.add(node.bare_concrete_function.concrete_function_name)
+            called.update(node.function.concrete_functions)
+    called |= _functions_in(meta.graph_def.node)
+    library = meta.graph_def.library
+    functions = {function.signature.name: function for function in library.function}
+    waiting = list(called)
+    while waiting:
+        function = functions.get(waiting.pop())
+        more = _functions_in(function.node_def) - called if function else set()
+        called |= more
+        waiting += more
+    kept = [function for name, function in functions.items() if name in called]
+    gradients = [one for one in library.gradient if {one.function_name, one.gradient_func} < called]
+    library.CopyFrom(type(library)(function=kept, gradient=gradients))
+    for name in objects.concrete_functions.keys() - called:
+        del objects.concrete_functions[name]
+    return True
+
+
+def _functions_in(nodes: Iterable[Any]) -> set[str]:
+    """The names of the functions that `nodes` call."""
+    values = [value for node in nodes for value in node.attr.values()]
+    named = {value.func.name for value in values if value.HasField("func")}
+    return named | {func.name for value in values for func in value.list.func}
+
+
+def _serving(signatures: Mapping[str, Any]) -> Any:
+    """The signature to run: serving_default, or the only one; None where neither is there."""
+    only = next(iter(signatures.values())) if len(signatures) == 1 else None
+    return signatures.get("serving_default", only)
+
+
 def _saved_model_function(
     directory: str, loaded: Any, proto: Any
 ) -> tuple[Any, list[str], tuple[str, ...]]:
@@ -186,8 +266,9 @@ def _saved_model_function(
 def _entry(directory: str, loaded: Any) -> Any:
     """A serving signature, or else the object called."""
     signatures = loaded.signatures
-    if "serving_default" in signatures or len(signatures) == 1:
-        function = signatures.get("serving_default") or next(iter(signatures.values()))
+    function = _serving(signatures)
+    if function is not None:
+        pass
     elif callable(loaded) and loaded.__call__.concrete_functions:
         trace = loaded.__call__.concrete_functions[0]
         shape = next(t.shape for t in trace.inputs if t.dtype != tf.resource)

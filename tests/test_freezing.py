@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from exports import exported
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
+from models import freezing
 from models.checkpoint import write_checkpoint
 from models.export import _image_module_info
 from models.freezing import Hints, ModelError, freeze
 from models.loading import LoadedModel, LoadSpec, load, prepare
+from storage import files
 
 SIZE, WIDTH, CLASSES = 6, 4, 5
 KERNEL = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
@@ -552,3 +557,61 @@ def test_the_fingerprint_tells_what_a_called_function_does(tmp_path):
     ]
     assert found[0] == found[1]
     assert found[0] != found[2]
+
+
+def test_an_interrupted_run_takes_along_what_a_model_is_loaded_from(monkeypatch):
+    seen = []
+
+    def load(folder):
+        seen.append(os.path.exists(folder))
+        files.NewFile.abandon_all()
+        seen.append(os.path.exists(folder))
+        raise OSError("interrupted")
+
+    monkeypatch.setattr(tf.saved_model, "load", load)
+    with pytest.raises(ModelError, match="interrupted"):
+        freeze(exported("saved_model", "classification"), Hints())
+    assert seen == [True, False]
+
+
+def test_calls_within_calls_cost_no_operation(tmp_path):
+    """Others' reusable models call the network three functions deep."""
+    directory = exported("saved_model", "classification")
+    again = tf.Module()
+    again.model = tf.saved_model.load(directory)
+    serve = again.model.signatures["serving_default"]
+    again.serve = tf.function(
+        lambda inputs: dict(serve(inputs)),
+        input_signature=[tf.TensorSpec([None, 32, 32, 3], name="inputs")],
+        autograph=False,
+    )
+    tf.saved_model.save(again, str(tmp_path / "m"), {"serving_default": again.serve})
+    counts = []
+    for number, origin in enumerate((directory, str(tmp_path / "m"))):
+        prepared = tmp_path / f"prepared{number}"
+        prepare(LoadSpec(origin), str(prepared))
+        graph = tf.compat.v1.GraphDef.FromString((prepared / "graph.pb").read_bytes())
+        counts.append(Counter(node.op for node in graph.node))
+    assert counts[0] == counts[1]
+    assert "FusedBatchNormV3" not in counts[0]
+
+
+def test_only_what_the_signature_calls_is_built(monkeypatch):
+    directory = exported("saved_model", "classification")
+    whole = freezing.read_proto(directory).meta_graphs[0].graph_def.library.function
+    built = []
+    real = tf.saved_model.load
+
+    def load(folder, **rest):
+        built.extend(freezing.read_proto(folder).meta_graphs[0].graph_def.library.function)
+        return real(folder, **rest)
+
+    monkeypatch.setattr(tf.saved_model, "load", load)
+    freeze(directory, Hints())
+    assert 0 < len(built) < len(whole) / 4
+
+    def networks(functions) -> int:
+        return sum(any(node.op == "Conv2D" for node in one.node_def) for one in functions)
+
+    assert networks(whole) == 2  # one of them for training
+    assert networks(built) == 1
