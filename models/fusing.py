@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.graphs import Graph, kind, node_name, waits
-from models.runtime import tf
+from models.runtime import op_def_registry, tf
 
 # The layers of convolutional networks; everything else stays in float32 behind a cast.
 _BFLOAT16_OPS = {
@@ -26,8 +26,6 @@ _BFLOAT16 = tf.bfloat16.as_datatype_enum
 
 def can_fuse() -> bool:
     """Whether this TensorFlow has oneDNN's fused convolution."""
-    from tensorflow.python.framework import op_def_registry
-
     return op_def_registry.get(_FUSED) is not None
 
 
@@ -92,10 +90,11 @@ def fuse_convolutions(graph: Graph) -> None:
     """Make each convolution, its bias, an addition and a ReLU behind it one operation.
 
     Only where nothing else reads what lies between. The addition is fused where both sides have
-    one shape.
+    one shape. Pads that no convolution reads are left out.
     """
     shapes = _shapes(graph)
     readers = graph.readers()
+    _skip_pads(graph, shapes, readers)
     for bias in [node for node in graph.nodes.values() if node.op == "BiasAdd"]:
         conv = graph.producer(bias.input[0])
         if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in graph.keep:
@@ -116,6 +115,53 @@ def fuse_convolutions(graph: Graph) -> None:
             fused.append(b"Relu")
         _replace(graph, chain, [*conv.input, bias.input[1], *extra], fused)
     graph.prune()
+
+
+def _skip_pads(
+    graph: Graph, shapes: dict[str, list[int | None]], readers: dict[str, list[Any]]
+) -> None:
+    """Slice without padding, where only every other pixel is read and no padded one is.
+
+    A factorized reduction takes its odd pixels as `pad(x)[:, 1:, 1:]` at a stride of two; the last
+    of them lie within `x` where its height and width are even.
+    """
+    for cut in [node for node in graph.nodes.values() if node.op == "StridedSlice"]:
+        pad = graph.producer(cut.input[0])
+        if pad.op != "Pad" or waits(pad) or waits(cut) or cut.name in graph.keep:
+            continue
+        sides = shapes.get(pad.input[0], [])[1:3]
+        at_the_end = [[0, 0], [0, 1], [0, 1], [0, 0]]
+        if (
+            np.array_equal(graph.constant(pad.input[1]), at_the_end)  # type: ignore[arg-type]
+            and len(sides) == 2
+            and all(side is not None and side % 2 == 0 for side in sides)
+            and _drops_first(graph, cut)
+            and all(_reads_every_other(graph, reader, cut) for reader in readers[cut.name])
+        ):
+            cut.input[0] = pad.input[0]
+
+
+def _drops_first(graph: Graph, cut: Any) -> bool:
+    """Whether a slice is `[:, 1:, 1:, :]`."""
+    begin, _, steps = (graph.constant(name) for name in cut.input[1:])
+    masks = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+    return (
+        begin is not None
+        and list(begin[1:3]) == [1, 1]
+        and np.array_equal(steps, [1, 1, 1, 1])  # type: ignore[arg-type]
+        and [cut.attr[mask].i for mask in masks] == [0b1001, 0b1111, 0, 0, 0]
+    )
+
+
+def _reads_every_other(graph: Graph, node: Any, source: Any) -> bool:
+    """Whether `node` is a convolution of single pixels of `source`, of one in two each way."""
+    if node.op != "Conv2D" or node_name(node.input[0]) != source.name:
+        return False
+    kernel = graph.constant(node.input[1])
+    plain = node.attr["data_format"].s in (b"NHWC", b"")
+    unpadded = node.attr["padding"].s in (b"SAME", b"VALID")
+    single = kernel is not None and kernel.shape[:2] == (1, 1)
+    return plain and unpadded and single and list(node.attr["strides"].list.i) == [1, 2, 2, 1]
 
 
 def multiply_by_picture(graph: Graph) -> None:

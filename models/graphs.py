@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from models.runtime import tf
+from models.runtime import op_def_registry, tf
 
 _HEAVY_BYTES = 1000
-_IDLE_OPS = {"Const", "Identity", "NoOp"}
+# TF1's control flow: what hangs on one of these may be a loop's or a branch's, and not run at all.
+_FLOW_OPS = {"Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "ControlTrigger"}
+_FLOW_OPS |= {f"Ref{op}" for op in _FLOW_OPS}
 _PLAIN_KINDS = "fiub"  # dtypes that NumPy's files hold by themselves; others stay in the graph
 
 
@@ -33,6 +35,12 @@ def waits(node: Any) -> bool:
 def kind(node: Any, attribute: str = "T") -> int:
     """The type enum in an attribute of `node`, 0 where it has none (asking a map would add it)."""
     return int(node.attr[attribute].type) if attribute in node.attr else 0
+
+
+def _acts(op: str) -> bool:
+    """Whether an operation has effects or directs others; one that is not known here may."""
+    known = op_def_registry.get(op)
+    return known is None or known.is_stateful or op in _FLOW_OPS
 
 
 class Graph:
@@ -151,26 +159,19 @@ class Graph:
         return name
 
     def bypass_identities(self) -> None:
-        """Let everything read past identities, and wait for nothing that only hands constants on.
+        """Let everything read past identities, and wait for nothing that only computes.
 
-        Kept ones stay, and so do those that wait for something.
+        Kept ones stay, and so do those that wait for something: a function's call that was inlined
+        lets even its constants wait for its pictures.
         """
         past: dict[str, str] = {}
-        idle: dict[str, bool] = {}
-
-        def is_idle(name: str) -> bool:
-            if name not in idle:
-                node = self.nodes[name]
-                idle[name] = name in self.weights or node.op in _IDLE_OPS
-                idle[name] = idle[name] and all(is_idle(node_name(read)) for read in node.input)
-            return idle[name]
-
+        acting = self._acting()
         for node in self.nodes.values():
             if waits(node):
                 node.input[:] = [
                     read
                     for read in node.input
-                    if not (read.startswith("^") and is_idle(node_name(read)))
+                    if not (read.startswith("^") and node_name(read) not in acting)
                 ]
         for node in list(self.nodes.values()):
             self._set_aside(node)
@@ -185,3 +186,14 @@ class Graph:
 
         for node in self.nodes.values():
             node.input[:] = [source(name) for name in node.input]
+
+    def _acting(self) -> set[str]:
+        """The nodes that do more than compute, or hang on one that does."""
+        readers = self.readers()
+        acting = {name for name, node in self.nodes.items() if _acts(node.op)}
+        waiting = list(acting)
+        while waiting:
+            fresh = {reader.name for reader in readers[waiting.pop()]} - acting
+            acting |= fresh
+            waiting += fresh
+        return acting

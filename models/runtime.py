@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -45,13 +46,15 @@ def _has_bfloat16() -> bool:
 
 CORES = len(os.sched_getaffinity(0))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if platform.machine() == "x86_64":  # TensorFlow's own choice only from AVX-512 VNNI on
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 _has_gpu = Path("/dev/nvidiactl").exists()  # there its messages matter
 with _without_chatter():
     import tensorflow as tf
     from tensorflow.core.framework import variable_pb2
     from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
     from tensorflow.python.eager.polymorphic_function import concrete_function
-    from tensorflow.python.framework import convert_to_constants
+    from tensorflow.python.framework import convert_to_constants, op_def_registry
 
     GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
     with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow already
@@ -107,6 +110,7 @@ __all__ = [
     "GPUS",
     "inline_variables",
     "meta_graph_pb2",
+    "op_def_registry",
     "saved_model_pb2",
     "tf",
     "twin",

@@ -153,6 +153,80 @@ def test_fusing_computes_the_same(name):
     assert close(run(graph), wanted)
 
 
+def odd_pixels(net: Net, x: tf.Tensor, side: int, then) -> tf.Tensor:
+    """Of a picture of `side`, padded at its ends and cut at its beginnings, what `then` makes."""
+    x = tf.image.resize(x, [side, side])
+    return then(net, tf.pad(x, [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :])
+
+
+def single(net: Net, x: tf.Tensor, stride: int = 2, size: int = 1, padding: str = "SAME"):
+    kernel = net.random.normal(size=(size, size, CHANNELS, 3)).astype(np.float32)
+    return tf.nn.conv2d(x, kernel, stride, padding)
+
+
+PADS = {
+    # side, what reads the odd pixels, pads that stay
+    "even": (8, single, 0),
+    "even, valid": (8, lambda net, x: single(net, x, padding="VALID"), 0),
+    "even, read twice": (8, lambda net, x: single(net, x) + single(net, x), 0),
+    "odd": (7, single, 1),
+    "every pixel": (8, lambda net, x: single(net, x, stride=1), 1),
+    "three by three": (8, lambda net, x: single(net, x, size=3), 1),
+    "also by another": (8, lambda net, x: single(net, x) + tf.reduce_mean(x), 1),
+    "also as they are": (8, lambda net, x: single(net, x) + x[:, ::2, ::2, :3], 1),
+}
+
+
+@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
+@pytest.mark.parametrize("name", PADS)
+def test_pads_that_nothing_reads_are_left_out(name):
+    side, then, left = PADS[name]
+    graph = Graph(build(lambda net, x: odd_pixels(net, x, side, then)), ["y"])
+    wanted = run(graph)
+    fuse_convolutions(graph)
+    assert ops(graph)["Pad"] == left
+    assert close(run(graph), wanted)
+
+
+@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
+def test_a_pad_of_unknown_rank_stays():
+    def make(net: Net, x: tf.Tensor) -> tf.Tensor:
+        return single(net, tf.pad(open_rank(x), [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :])
+
+    graph = Graph(build(make), ["y"])
+    wanted = run(graph)
+    fuse_convolutions(graph)
+    assert ops(graph)["Pad"] == 1
+    assert close(run(graph), wanted)
+
+
+CUTS = {
+    "another end": lambda x: x[:, 1:8, 1:8, :],
+    "another begin": lambda x: x[:, 2:, 2:, :],
+    "steps": lambda x: x[:, 1::2, 1::2, :],
+    "channels": lambda x: x[:, 1:, 1:, 1:],
+    "nothing": lambda x: x[:, 0:, 0:, :],
+}
+
+
+@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize(
+    "paddings", [[[0, 0], [0, 1], [0, 1], [0, 0]], [[0, 0], [1, 0], [1, 0], [0, 0]]]
+)
+def test_other_pads_and_slices_stay(cut, paddings):
+    def make(net: Net, x: tf.Tensor) -> tf.Tensor:
+        x = cut(tf.pad(tf.image.resize(x, [8, 8]), paddings))
+        kernel = net.random.normal(size=(1, 1, int(x.shape[-1]), 3)).astype(np.float32)
+        return tf.nn.conv2d(x, kernel, 2, "SAME")
+
+    graph = Graph(build(make), ["y"])
+    wanted = run(graph)
+    fuse_convolutions(graph)
+    assert ops(graph)["Pad"] == 1
+    assert close(run(graph), wanted)
+
+
 PRODUCTS = {
     "a constant": (lambda net, x: tf.matmul(x[:, 0, 0], net.random.normal(size=(4, 5))), 1),
     "a constant that is turned": (
@@ -214,6 +288,24 @@ def test_what_waits_goes_on_waiting(op):
         fuse_convolutions(graph)
     assert "check" in graph.nodes
     assert close(run(graph), wanted)
+
+
+def test_nothing_waits_for_what_only_computes():
+    """As in a call that was inlined: all that goes into it waits for all else that does."""
+    graph = build(lambda net, x: block(net, tf.raw_ops.Identity(input=x, name="before")))
+    names = [node.name for node in graph.node if node.op == "Const"]
+    for node in graph.node:
+        node.input[:] = [f"in/{name}" if name in names else name for name in node.input]
+    graph.node.add(op="NoOp", name="call", input=["^before", *(f"^{name}" for name in names)])
+    for name in names:
+        given = graph.node.add(op="Identity", name=f"in/{name}", input=[name, "^call"])
+        given.attr["T"].CopyFrom(next(n for n in graph.node if n.name == name).attr["dtype"])
+    waiting, plain = Graph(graph, ["y"]), Graph(build(lambda net, x: block(net, x)), ["y"])
+    wanted = run(waiting)
+    fold(waiting)
+    fold(plain)
+    assert ops(waiting) == ops(plain)
+    assert close(run(waiting), wanted)
 
 
 ROUGH = {
