@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -226,12 +230,21 @@ def test_what_memory_allowed_is_remembered():
     assert model.sizes == [8, 4, 2, 2, 2, 2]
 
 
-def test_the_handler_asks_for_batches_of_one_size():
-    assert HANDLER.batch_elements_kwargs()["min_batch_size"] == 8
-    assert HANDLER.batch_elements_kwargs()["max_batch_size"] == 8
+@pytest.mark.parametrize(
+    ("batch_size", "copies", "together"),
+    [(8, 1, 128), (8, 3, 120), (16, 2, 128), (4, 2, 8), (8, 32, 256), (256, 1, 256)],
+)
+def test_the_handler_asks_for_whole_rounds_of_batches(batch_size, copies, together):
+    handler = FrozenModelHandler(LoadSpec("/m", copies=copies), batch_size)
+    for _ in range(2):
+        asked = handler.batch_elements_kwargs()
+        assert (asked["min_batch_size"], asked["max_batch_size"]) == (together, together)
+        handler = pickle.loads(pickle.dumps(handler))
+
+
+def test_the_handler_tells_beam_what_a_batch_holds():
     assert HANDLER.get_num_bytes([image(1), image(2)]) == 2 * SIDE * SIDE * 3
     assert HANDLER.get_metrics_namespace() == "ExtractFeatures"
-    assert pickle.loads(pickle.dumps(HANDLER)).batch_elements_kwargs()["max_batch_size"] == 8
 
 
 class FakeHandler(FrozenModelHandler):
@@ -340,3 +353,13 @@ def test_what_is_known_is_bounded():
     vectors = known.get("999")
     assert vectors["embedding"].base is None  # no row that holds its batch
     assert vectors["embedding"].tolist() == batch[999].tolist()
+
+
+def test_pytorch_is_not_imported_with_beam(tmp_path):
+    (tmp_path / "torch.py").write_text("")
+    program = (
+        "import sys, transforms.beam_ml; assert 'torch' not in sys.modules\n"
+        "import torch, transforms.inference"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, check=True)

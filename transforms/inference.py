@@ -14,17 +14,19 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from formats.records import DecodedImage, Failure, Features, ImageError
 from formats.timing import Timing
 from models.loading import LoadedModel, LoadSpec, OutOfMemory, load
 from storage.errors import RunError
+from transforms.beam_ml import ModelHandler, RunInference
 from transforms.lookahead import model_threads
 from transforms.metrics import count_inference, inc_counter
 from transforms.reuse import known_in
 
 Vectors = Mapping[str, np.ndarray]
+_SMALL = 8  # images a batch
+_TOGETHER = 128  # images in one call, in as many rounds as it takes
 
 
 def infer_batch(
@@ -137,7 +139,8 @@ def _probe(model: LoadedModel, size: int, image: DecodedImage, largest: float) -
 class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing, LoadedModel]):
     """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
-    `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread.
+    `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread;
+    small batches several times before the threads wait for each other.
     `dtype`: the type in which vectors will be written; what it cannot hold is a failure. Of equal
     encoded bytes the vectors are computed once, as far as a process remembers them. `fingerprint`:
     the only one that the model may have, None for any.
@@ -151,6 +154,8 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         fingerprint: str | None = None,
     ):
         together = batch_size * spec.copies
+        if batch_size >= _SMALL:  # less are for large networks, whose first rows would come late
+            together *= max(1, _TOGETHER // together)
         super().__init__(min_batch_size=together, max_batch_size=together)
         self._spec = spec
         self._batch_size = batch_size
