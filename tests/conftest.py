@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import models.runtime  # noqa: F401  TensorFlow as the job has it, before a test file imports it
 from pipeline import extract
 from storage import steady
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
+
+# Clients of stores ask a cloud's machines who they are: not the network's, not in tests.
+os.environ.update(
+    AWS_EC2_METADATA_DISABLED="true",
+    GCE_METADATA_HOST="127.0.0.1:9",
+    GCE_METADATA_IP="127.0.0.1:9",
+    NO_GCE_CHECK="true",
+)
 
 
 @pytest.fixture(autouse=True)
