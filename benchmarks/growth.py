@@ -95,7 +95,7 @@ def main() -> None:
     for turn in range(request.repeat):
         for name, command in commands.items():
             shutil.rmtree(place.output, ignore_errors=True)
-            told = run(command)
+            told = run(command, limit=3600)
             kept = {figure: told[figure] for figure in ("images", "seconds", "cpu", "peak_mib")}
             results.add(request.results, PART, name, kept, request.fresh and turn == 0)
             note(f"{name}: {kept['seconds']:.1f} s, {kept['peak_mib']:.0f} MiB")

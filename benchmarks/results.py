@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,25 @@ def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
     """The median of a figure that some runs have."""
     values = [run[figure] for run in runs if run.get(figure) is not None]
     return statistics.median(values) if values else None
+
+
+def paired(
+    mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], figure: str
+) -> float | None:
+    """The median of mine / other, each run of the fewer against the nearest in time.
+
+    So that a machine which slows down between two turns slows both sides of each ratio.
+    """
+
+    def apart(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
+        first, second = (time.strptime(one["of"]["at"], "%Y-%m-%d %H:%M") for one in pair)
+        return abs(time.mktime(first) - time.mktime(second))
+
+    if len(mine) <= len(others):
+        pairs = [min(((one, other) for other in others), key=apart) for one in mine]
+    else:
+        pairs = [min(((one, other) for one in mine), key=apart) for other in others]
+    return median([{"ratio": one[figure] / other[figure]} for one, other in pairs], "ratio")
 
 
 def spread(runs: Iterable[dict[str, Any]], figure: str, digits: int = 0) -> str:

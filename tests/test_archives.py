@@ -85,12 +85,12 @@ def test_a_tar_cut_at_a_members_boundary(at, unpacked):
 
 
 def test_bytes_behind_the_end(unpacked):
-    for more in (b"\0", b"more", gzip.compress(b"another")):
+    for more in (b"\0", b"more", gzip.compress(b"another", mtime=0)):
         with pytest.raises(ArchiveError, match="bytes follow"):
             unpacked(archive_bytes() + more)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not here</html>", gzip.compress(b"text")])
+@pytest.mark.parametrize("data", [b"", b"<html>not here</html>", gzip.compress(b"text", mtime=0)])
 def test_what_is_no_archive(data, unpacked):
     with pytest.raises(ArchiveError):
         unpacked(data)

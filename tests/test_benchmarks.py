@@ -128,15 +128,20 @@ OF = {
 
 
 def ran(*rates, cpu_ms=8.0):
-    common = {"cpu_ms": cpu_ms, "peak_mib": 1.0, "first": 5.0, "images": 10_000, "of": OF}
-    return [{"images_per_second": rate, **common} for rate in rates]
+    """Runs of an hour each."""
+    common = {"cpu_ms": cpu_ms, "peak_mib": 1.0, "first": 5.0, "images": 10_000}
+    return [
+        {"images_per_second": rate, **common, "of": {**OF, "at": f"2026-01-01 {hour:02}:00"}}
+        for hour, rate in enumerate(rates)
+    ]
 
 
-def test_targets_are_held_against_medians_and_told_where_both_sides_ran():
+def test_targets_are_of_runs_near_in_time_and_told_where_both_sides_ran():
     runs = {
         "ours_bf16": ran(210, 220, 260),
         "ours_bf16_embedding": ran(230),
-        "tfdata_bf16": ran(200),
+        "tfdata_bf16": ran(200, 200, 200),
+        "tfdata_bf16_plain": ran(100, 100),
         "tfdata_signature": ran(130),
         "decode": ran(1000, cpu_ms=1.0),
         "bare_bf16": ran(250, cpu_ms=7.0),
@@ -145,9 +150,9 @@ def test_targets_are_held_against_medians_and_told_where_both_sides_ran():
     told = {cells[1]: cells[2:5] for cells in ([c.strip() for c in row.split("|")] for row in rows)}
     assert told == {
         "bfloat16 / rival (a), same pixels": ["1.10", "at least 1.05", "met"],
-        "bfloat16 / signature in float32": ["1.69", "at least 1.8", "missed"],
+        "bfloat16 / signature in float32": ["1.62", "at least 1.8", "missed"],
         "bfloat16, share of what the cores allow": ["0.88", "at least 0.92", "missed"],
-        "cost of embedding + logits / embedding alone, bf16": ["1.045", "at most 1.03", "missed"],
+        "cost of embedding + logits / embedding alone, bf16": ["1.095", "at most 1.03", "missed"],
     }
 
 
@@ -205,5 +210,5 @@ def test_vectors_are_compared_photograph_by_photograph():
 def test_both_sides_of_every_ratio_are_contenders():
     rates = {name: ran(100) for name in throughput.CONTENDERS}
     rows = throughput.targets(rates).splitlines()[2:]
-    assert len(rows) == 15
+    assert len(rows) == 17
     assert throughput.table(rates).count("\n| ") == len(throughput.CONTENDERS)

@@ -26,7 +26,8 @@ def main() -> int:
     unknown = set(request.fault) - set(FAULTS)
     if unknown:
         parser.error(f"{', '.join(unknown)}: none of {', '.join(FAULTS)}")
-    world = World(request.folder, request.times, request.seed, request.model, request.corpus)
+    corpus = request.corpus and request.corpus.resolve()  # keys are whole paths
+    world = World(request.folder, request.times, request.seed, request.model, corpus)
     rows: list[Row] = []
     print("| fault | figure | reached |\n|---|---|---|", flush=True)
     for name in request.fault or FAULTS:
