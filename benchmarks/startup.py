@@ -83,7 +83,7 @@ def main() -> None:
                 command = [sys.executable, "-c", (code + TOLD).format(**given)]
                 figures[name] = run(command)["seconds"]
             shutil.rmtree(place.output, ignore_errors=True)
-            job = ours("--rows_per_file", "8", "--precision", request.precision)(place, records)
+            job = ours("--rows_per_file", "1", "--precision", request.precision)(place, records)
             job[job.index("--model") + 1] = prepared
             figures["first row"] = run(job, watch=place.output / "features")["first"]
             results.add(request.results, PART, network, figures, request.fresh and turn == 0)

@@ -1,39 +1,29 @@
-"""Any handle -> one checked function, pixels -> vectors; and a model prepared once for loading so.
-
-A prepared model is a folder with `graph.pb`, the frozen and folded graph that takes uint8 pixels,
-`weights.npz`, what its placeholders stand for, and `prepared.json`, what is known of it. Weights
-have the model's own type, for every precision.
-"""
+"""Any handle -> one checked function, pixels -> vectors; and a model prepared for loading so."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
-import json
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from models import openvino
+from models import openvino, prepared
 from models.fingerprint import fingerprint
 from models.folding import fold
 from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze, read_proto
 from models.fusing import can_fuse, fuse_convolutions, multiply_by_picture, to_bfloat16
 from models.graphs import Graph
-from models.handles import PREPARED, PREPARED_FILE, model_format, resolve
-from models.runtime import BFLOAT16, CORES, GPUS, tf, twin
+from models.handles import PREPARED, model_format, resolve
+from models.prepared import Prepared
+from models.runtime import BFLOAT16, CORES, GPUS, constant, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
-from storage import files
 
-PREPARED_VERSION = 2
 TENSORFLOW, OPENVINO = "tensorflow", "openvino"
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
-_GRAPH_FILE, _WEIGHTS_FILE = "graph.pb", "weights.npz"
 _PIXELS = "pixels"
 
 
@@ -139,21 +129,8 @@ def prepare(spec: LoadSpec, output: str) -> ModelInfo:
     written last. Raises RequestError where the model cannot be used.
     """
     info, graph = _assembled(spec)
-    weights = io.BytesIO()
-    np.savez(weights, allow_pickle=False, **cast(Any, graph.weights))
-    parts = {
-        _GRAPH_FILE: graph.to_def().SerializeToString(deterministic=True),
-        _WEIGHTS_FILE: weights.getbuffer(),
-    }
-    for name, data in parts.items():
-        files.write_bytes(files.join(output, name), data)
-    described = {
-        "prepared_version": PREPARED_VERSION,
-        **dataclasses.asdict(info),
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
-    }
-    text = json.dumps(described, indent=1)
-    files.write_bytes(files.join(output, PREPARED_FILE), text.encode())
+    data = graph.to_def().SerializeToString(deterministic=True)
+    prepared.write(output, Prepared(dataclasses.asdict(info), data, graph.weights))
     return info
 
 
@@ -182,9 +159,8 @@ def default_batch_size(image_size: int, precision: str, on_gpu: bool) -> int:
     """
     if on_gpu:
         return 256
-    if image_size > 300:
-        return 4
-    return 16 if precision == "bfloat16" and BFLOAT16 else 8
+    fitting = 1 if image_size > 300 else 8
+    return 2 * fitting if precision == "bfloat16" and BFLOAT16 else fitting
 
 
 def default_copies(on_gpu: bool) -> int:
@@ -227,25 +203,17 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
 
 def _read_prepared(directory: str) -> tuple[ModelInfo, Graph]:
     try:
-        described = json.loads(files.read_bytes(files.join(directory, PREPARED_FILE)))
-        if described.pop("prepared_version") != PREPARED_VERSION:
-            raise ValueError("made by another version of this program")
-        parts = {}
-        for name, digest in described.pop("sha256").items():
-            parts[name] = files.read_bytes(files.join(directory, name))
-            if hashlib.sha256(parts[name]).hexdigest() != digest:
-                raise ValueError(f"{name} was cut or altered")
-        described["value_range"] = tuple(described["value_range"])
-        described["signatures"] = tuple(described["signatures"])
-        info = ModelInfo(**{**described, "format": PREPARED})
-        with np.load(io.BytesIO(parts[_WEIGHTS_FILE])) as weights:
-            arrays = {name: weights[name] for name in weights.files}
-        graph_def = tf.compat.v1.GraphDef.FromString(parts[_GRAPH_FILE])
+        found = prepared.read(directory)
+        known = {**found.info, "format": PREPARED}
+        for name in ("value_range", "signatures"):
+            known[name] = tuple(known[name])
+        info = ModelInfo(**known)
+        graph_def = tf.compat.v1.GraphDef.FromString(found.graph)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"--model {directory}: not a whole prepared model ({error}); prepare it again"
         ) from None
-    return info, Graph(graph_def, info.outputs, arrays)
+    return info, Graph(graph_def, info.outputs, found.weights)
 
 
 def _assemble(frozen: Frozen) -> Graph:
@@ -286,7 +254,7 @@ def _for_device(graph: Graph, bfloat16: bool) -> None:
 def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
     """TensorFlow's function of `graph`, `copies` times over one set of weights."""
     graph_def = graph.to_def()
-    weights = {name: tf.constant(array) for name, array in graph.weights.items()}
+    weights = {name: constant(array) for name, array in graph.weights.items()}
     graph.weights.clear()  # TensorFlow has its own now
     shape = tf.TensorShape(graph.nodes[_PIXELS].attr["shape"].shape)
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from models.freezing import ModelError
 from models.graphs import Graph
-from models.imports import without
 from storage import files
+from storage.imports import without
 
 
 def functions(

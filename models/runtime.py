@@ -12,6 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from storage.imports import without
+
 # Lines of the native libraries before their log levels are in force.
 _CHATTER = re.compile(rb"^([IWE]\d{4} |WARNING: All log messages before|To enable the following)")
 
@@ -49,12 +53,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if platform.machine() == "x86_64":  # TensorFlow's own choice only from AVX-512 VNNI on
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 _has_gpu = Path("/dev/nvidiactl").exists()  # there its messages matter
-with _without_chatter():
+# TensorFlow imports Keras only so that models with an optimizer of Keras's are restored with it.
+with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizers"):
     import tensorflow as tf
     from tensorflow.core.framework import variable_pb2
     from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+    from tensorflow.python.eager import context
     from tensorflow.python.eager.polymorphic_function import concrete_function
-    from tensorflow.python.framework import convert_to_constants, op_def_registry
+    from tensorflow.python.framework import convert_to_constants, op_def_registry, ops
 
     GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
     with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow already
@@ -95,6 +101,13 @@ def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
     return convert_to_constants._replace_variables_by_constants(found)[0]
 
 
+def constant(array: np.ndarray) -> tf.Tensor:
+    """`tf.constant` of an array that nobody writes to any more, which it would copy once more."""
+    where = context.context()
+    where.ensure_initialized()
+    return ops.EagerTensor(np.asarray(array, order="C"), where.device_name, None)
+
+
 def twin(function: Any) -> Any:
     """A ConcreteFunction of the graph and captures of `function`, with kernels of its own.
 
@@ -108,6 +121,7 @@ __all__ = [
     "BFLOAT16",
     "CORES",
     "GPUS",
+    "constant",
     "inline_variables",
     "meta_graph_pb2",
     "op_def_registry",

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from formats import dataset
-from formats.isolation import drop_ahead
+from formats import dataset, isolation
 from formats.timing import advice
+from models import prepared
 from pipeline import dataflow, preflight
 from pipeline.options import Options
 from storage import files
@@ -39,7 +39,8 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     try:
         return _run(options, beam_args)
     finally:
-        drop_ahead()
+        isolation.drop_ahead()
+        prepared.drop_ahead()
 
 
 def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:

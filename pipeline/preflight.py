@@ -20,10 +20,10 @@ from formats.image import Preprocessing
 from formats.isolation import Limits, shared_processes, start_ahead
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text, utf8
-from models import handles
+from models import handles, prepared
 from pipeline import __version__, dataflow
 from pipeline.options import Options
-from storage import files, reach
+from storage import files, imports, reach
 from storage.errors import RequestError
 from storage.secrets import hide
 
@@ -66,7 +66,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     for path in stores.values():
         reach.check(path)
     before = _check_output(output, options.if_exists) if writes else None
-    handles.resolve(options.model, options.model_sha256)
+    directory = handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
     sources, warnings = inputs.survey(
         options.input, options.input_format, options.allow_empty, output
@@ -83,18 +83,21 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     isolation = _isolation(options)
     if isolation and runs_here(beam_args):
         start_ahead(isolation)  # it imports while TensorFlow does
+    if handles.model_format(directory) == handles.PREPARED:
+        prepared.read_ahead(directory)
 
-    from models.loading import (
-        BFLOAT16,
-        Hints,
-        LoadSpec,
-        default_batch_size,
-        default_copies,
-        has_gpu,
-        load,
-    )
-    from pipeline.graph import Plan
-    from transforms.sources import Finished, Reading
+    with imports.uncollected():
+        from models.loading import (
+            BFLOAT16,
+            Hints,
+            LoadSpec,
+            default_batch_size,
+            default_copies,
+            has_gpu,
+            load,
+        )
+        from pipeline.graph import Plan
+        from transforms.sources import Finished, Reading
 
     on_gpu = workers.gpu if workers else has_gpu(options.engine)
     handle = options.model

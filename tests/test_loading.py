@@ -176,6 +176,7 @@ def test_a_device_without_bfloat16_computes_in_float32(monkeypatch):
     for name, vectors in asked(pixels).items():
         assert np.array_equal(vectors, exact[name])
     assert loading.default_batch_size(224, "bfloat16", on_gpu=False) == 8
+    assert loading.default_batch_size(331, "bfloat16", on_gpu=False) == 1
 
 
 RUN = """
@@ -199,6 +200,18 @@ def test_depthwise_convolutions_are_onednns_on_every_cpu():
         check=True,
     ).stdout
     assert re.search(r"exec,cpu,convolution,.*,g\d+mb2_", told)
+
+
+def test_keras_is_imported_where_it_is_asked_for_and_only_there():
+    code = """
+import sys
+from models.runtime import tf
+assert not {"keras", "tf_keras"} & set(sys.modules)
+assert tf.keras.layers.Dense(2)(tf.zeros([1, 3])).shape == (1, 2)
+import tensorflow.keras.layers
+import keras.src.optimizers
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 11])

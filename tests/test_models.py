@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import exports
@@ -15,6 +17,7 @@ import tensorflow as tf
 from pictures import jpeg
 
 from models import loading
+from models import prepared as prepared_files
 from models.catalog import FORMATS, HEADS, NETWORKS, ONE_CELL
 from models.checkpoint import AVERAGED, seeded, write_checkpoint
 from models.handles import resolve
@@ -247,6 +250,16 @@ def prepared(prepared_once, tmp_path) -> Path:
     return Path(shutil.copytree(prepared_once, tmp_path / "p"))
 
 
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def ahead(request, monkeypatch):
+    """Whether a prepared model is read as at a start, where TensorFlow is yet to be imported."""
+    if request.param:
+        modules = {name: module for name, module in sys.modules.items() if name != "tensorflow"}
+        monkeypatch.setattr(prepared_files, "sys", types.SimpleNamespace(modules=modules))
+        monkeypatch.setattr(loading, "_loaded", {})
+
+
+@pytest.mark.usefixtures("ahead")
 def test_the_job_runs_a_prepared_model_bit_for_bit(prepared, job, tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(3):
@@ -258,6 +271,26 @@ def test_the_job_runs_a_prepared_model_bit_for_bit(prepared, job, tmp_path):
     assert len(ran.rows("features")) == 3
     assert ran.manifest["model"]["format"] == "prepared"
     assert ran.manifest["model"]["fingerprint"] == plain.manifest["model"]["fingerprint"]
+
+
+def test_what_is_read_ahead_is_used_once_or_forgotten(prepared, monkeypatch):
+    reads = []
+    read = prepared_files._read
+    counted = lambda folder: reads.append(folder) or read(folder)  # noqa: E731
+    monkeypatch.setattr(prepared_files, "_read", counted)
+    monkeypatch.setattr(prepared_files, "sys", types.SimpleNamespace(modules={}))
+    folder = str(prepared)
+    prepared_files.read_ahead(folder)
+    first = prepared_files.read(folder)
+    assert reads == [folder]
+    prepared_files.read_ahead(folder)
+    prepared_files.drop_ahead()
+    again = prepared_files.read(folder)
+    assert reads == [folder] * 3
+    assert (again.info, again.graph) == (first.info, first.graph)
+    assert again.weights.keys() == first.weights.keys() != set()
+    for name, array in again.weights.items():
+        assert np.array_equal(array, first.weights[name])
 
 
 def test_a_model_that_is_swapped_between_plan_and_run_fails_the_run(job, monkeypatch, tmp_path):
@@ -311,6 +344,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_an_altered_prepared_model_is_refused(damage, prepared, refused, job, tmp_path):
     DAMAGE[damage](prepared)

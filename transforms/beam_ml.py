@@ -5,7 +5,7 @@ It does so for a manager of models that this job does not use; 530 MiB and secon
 
 from __future__ import annotations
 
-from models.imports import without
+from storage.imports import without
 
 with without("torch"):
     from apache_beam.ml.inference.base import ModelHandler, RunInference

@@ -1,0 +1,95 @@
+"""Imports without what nobody uses, and without a look at the garbage."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.imports import uncollected, without
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch) -> None:
+    """Modules that are on the path and not imported: fresh and other."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("fresh", "other"):
+        (tmp_path / f"{name}.py").write_text("")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_module_is_missing_inside_and_there_afterwards():
+    with without("fresh", "other"):
+        for name in ("fresh", "other"):
+            with pytest.raises(ImportError):
+                importlib.import_module(name)
+    assert importlib.import_module("fresh").__name__ == "fresh"
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_module_that_is_imported_stays():
+    fresh = importlib.import_module("fresh")
+    with without("fresh"):
+        assert importlib.import_module("fresh") is fresh
+    assert sys.modules["fresh"] is fresh
+
+
+@pytest.mark.usefixtures("modules")
+def test_an_error_inside_hides_nothing_for_good():
+    with pytest.raises(RuntimeError), without("fresh"):
+        raise RuntimeError
+    importlib.import_module("fresh")
+
+
+def test_garbage_is_looked_for_before_and_after_and_that_is_done_once():
+    code = """
+import gc
+from storage.imports import uncollected
+
+with uncollected():
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count()
+with uncollected():
+    assert gc.isenabled()
+gc.unfreeze()
+try:
+    with uncollected():
+        raise ImportError
+except ImportError:
+    assert gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_who_has_turned_collecting_off_keeps_it_so():
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_the_job_as_a_process_has_no_clients_of_what_it_does_not_use():
+    """And Beam, which would import them, does without."""
+    code = """
+import sys
+from pipeline import extract
+
+def command():
+    import apache_beam
+    from apache_beam.io.gcp import bigquery_tools, pubsub
+    loaded = {name for name in extract._UNUSED if sys.modules[name] is not None}
+    return 7 if not loaded else 1
+
+extract.run_process(command)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 7
