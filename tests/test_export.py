@@ -246,7 +246,9 @@ NASNET_MOBILE = {
 
 
 @pytest.mark.usefixtures("keras2")
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head", ["classification", pytest.param("feature_vector", marks=pytest.mark.engines)]
+)
 def test_documented_calls_on_nasnet_mobile(head: Head):
     width, trained, fixed, losses = NASNET_MOBILE[head]
     layer = hub.KerasLayer(  # loaded once for both: it takes many seconds
