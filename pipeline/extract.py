@@ -26,7 +26,7 @@ from storage.errors import RequestError, RunError
 from storage.secrets import hide
 
 # Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
-_UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub", "pymongo")
+_UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -214,7 +214,7 @@ class Options:
         "images a batch, always padded to this size",
         metavar="N",
         type=int,
-        why="chosen for the device: 4 to 16 on CPU, whose cache holds no more; 256 on GPU",
+        why="chosen for the device: 1 to 16 on CPU, whose cache holds no more; 256 on GPU",
     )
     gpu: str | None = knob(
         None,

@@ -7,6 +7,8 @@ import gc
 import sys
 from collections.abc import Iterator
 
+_uncollected: list[bool] = []  # holds something once that has been done
+
 
 @contextlib.contextmanager
 def without(*modules: str) -> Iterator[None]:
@@ -32,11 +34,12 @@ def uncollected() -> Iterator[None]:
     """Import inside of this without looking for garbage, which took a sixth of the time.
 
     What is there at the end is never looked at again. Does so once a process, and not where
-    somebody else has chosen how garbage is collected.
+    nothing is collected anyway.
     """
-    if not gc.isenabled() or gc.get_freeze_count():
+    if not gc.isenabled() or _uncollected:
         yield
         return
+    _uncollected.append(True)
     gc.disable()
     try:
         yield

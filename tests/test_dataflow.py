@@ -303,7 +303,7 @@ def test_on_cpus_batches_run_side_by_side_on_the_cores_of_the_worker(make):
 def batch_size(made: Made) -> tuple[int, int]:
     """Images a batch, and images that are handed to the model together."""
     handler = made.do_fn("BeamML_RunInference")._model_handler
-    return handler._batch_size, handler.batch_elements_kwargs()["max_batch_size"]
+    return handler._batch_size, handler.call_sizes[1]
 
 
 @pytest.mark.engines

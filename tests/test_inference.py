@@ -231,14 +231,20 @@ def test_what_memory_allowed_is_remembered():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "copies", "together"),
-    [(8, 1, 128), (8, 3, 120), (16, 2, 128), (4, 2, 8), (8, 32, 256), (256, 1, 256)],
+    ("batch_size", "copies", "sizes"),
+    [
+        (8, 1, (8, 128)),
+        (8, 3, (24, 120)),
+        (16, 2, (32, 128)),
+        (4, 2, (8, 8)),
+        (8, 32, (256, 256)),
+        (256, 1, (256, 256)),
+    ],
 )
-def test_the_handler_asks_for_whole_rounds_of_batches(batch_size, copies, together):
+def test_the_handler_asks_for_whole_rounds_of_batches(batch_size, copies, sizes):
     handler = FrozenModelHandler(LoadSpec("/m", copies=copies), batch_size)
     for _ in range(2):
-        asked = handler.batch_elements_kwargs()
-        assert (asked["min_batch_size"], asked["max_batch_size"]) == (together, together)
+        assert handler.call_sizes == sizes
         handler = pickle.loads(pickle.dumps(handler))
 
 
@@ -252,6 +258,28 @@ class FakeHandler(FrozenModelHandler):
 
     def load_model(self):
         return Model()
+
+
+CALLS: list[int] = []  # images in each call of the one below
+
+
+class CountingHandler(FakeHandler):
+    """Tells how many images come at once."""
+
+    def run_inference(self, batch, model, inference_args=None):
+        CALLS.append(len(batch))
+        return super().run_inference(batch, model, inference_args)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 8 + 128, 8 + 128 + 1, 8 + 2 * 128])
+def test_the_first_call_of_a_bundle_is_small_and_none_is_empty(count):
+    CALLS.clear()
+    handler = CountingHandler(LoadSpec("/m"), 8)
+    out = pipe([image(1 + v % 3) for v in range(count)], ExtractFeatures(handler))
+    assert len(list(out.features)) == count
+    left = max(0, count - 8)
+    expected = [min(count, 8), *[128] * (left // 128), left % 128]
+    assert [size for size in expected if size] == CALLS
 
 
 def test_the_transform_parts_features_from_failures():

@@ -177,6 +177,10 @@ def test_a_device_without_bfloat16_computes_in_float32(monkeypatch):
         assert np.array_equal(vectors, exact[name])
     assert loading.default_batch_size(224, "bfloat16", on_gpu=False) == 8
     assert loading.default_batch_size(331, "bfloat16", on_gpu=False) == 1
+    monkeypatch.setattr(loading, "BFLOAT16", True)
+    assert loading.default_batch_size(224, "bfloat16", on_gpu=False) == 16
+    assert loading.default_batch_size(331, "bfloat16", on_gpu=False) == 2
+    assert loading.default_batch_size(331, "float32", on_gpu=False) == 1
 
 
 RUN = """

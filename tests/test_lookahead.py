@@ -41,6 +41,16 @@ def test_at_most_depth_items_are_held(threads, depth):
     assert [*given, *ahead.drain()] == [str(n) for n in range(10)]
 
 
+def test_less_is_held_at_first(threads):
+    ahead = Lookahead(str, threads, 8, start=2)
+    given, held = [], []
+    for n in range(20):
+        given += ahead.push(n)
+        held.append(len(ahead._pending))
+    assert held == [1, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8, 8, 8]
+    assert [*given, *ahead.drain()] == [str(n) for n in range(20)]
+
+
 @pytest.mark.parametrize(
     ("weights", "held"),
     [

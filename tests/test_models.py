@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -256,17 +257,28 @@ def ahead(request, monkeypatch):
     if request.param:
         modules = {name: module for name, module in sys.modules.items() if name != "tensorflow"}
         monkeypatch.setattr(prepared_files, "sys", types.SimpleNamespace(modules=modules))
-        monkeypatch.setattr(loading, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", {})
+    return request.param
 
 
-@pytest.mark.usefixtures("ahead")
-def test_the_job_runs_a_prepared_model_bit_for_bit(prepared, job, tmp_path):
+def test_the_job_runs_a_prepared_model_bit_for_bit(ahead, prepared, job, monkeypatch, tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(3):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(jpeg(40 + i, 30))
     plain = job(tmp_path / "in", output=tmp_path / "plain")
+    readers = []
+    read = prepared_files._read
+
+    def told(folder):
+        readers.append(threading.current_thread().name)
+        return read(folder)
+
+    monkeypatch.setattr(prepared_files, "_read", told)
     ran = job(tmp_path / "in", output=tmp_path / "out", model=prepared)
     assert (plain.code, ran.code) == (0, 0)
+    assert len(readers) == 1
+    assert (readers[0] == "prepared") == ahead
+    assert not prepared_files._ahead
     assert ran.rows("features") == plain.rows("features")
     assert len(ran.rows("features")) == 3
     assert ran.manifest["model"]["format"] == "prepared"

@@ -24,6 +24,7 @@ Out = TypeVar("Out")
 
 _TOLD = 256  # images to a Timing
 _AHEAD = 128  # images: what the threads decode while the model runs on a batch or two
+_SOON = 8  # images: ahead of the first, which the model waits for
 
 
 def decode_record(
@@ -63,6 +64,7 @@ class _Decode(beam.DoFn):
             cpu_threads(),
             _AHEAD,
             weigh=lambda record: len(record.data),
+            start=_SOON,
         )
         self._begin(time.perf_counter())
         self._left = self._begun

@@ -14,6 +14,8 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
 
 from formats.records import DecodedImage, Failure, Features, ImageError
 from formats.timing import Timing
@@ -140,7 +142,8 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
     """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
     `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread;
-    small batches several times before the threads wait for each other.
+    small batches several times before the threads wait for each other, but once in a bundle's first
+    call, whose rows are waited for. `call_sizes`: images in the first call, and in the others.
     `dtype`: the type in which vectors will be written; what it cannot hold is a failure. Of equal
     encoded bytes the vectors are computed once, as far as a process remembers them. `fingerprint`:
     the only one that the model may have, None for any.
@@ -153,15 +156,20 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         dtype: str = "float32",
         fingerprint: str | None = None,
     ):
-        together = batch_size * spec.copies
-        if batch_size >= _SMALL:  # less are for large networks, whose first rows would come late
-            together *= max(1, _TOGETHER // together)
-        super().__init__(min_batch_size=together, max_batch_size=together)
+        super().__init__()
+        first = most = batch_size * spec.copies
+        if batch_size >= _SMALL:  # less are for large networks, whose rows take long
+            most *= max(1, _TOGETHER // most)
+        self.call_sizes = first, most
         self._spec = spec
         self._batch_size = batch_size
         self._largest = float(np.finfo(dtype).max)
         self._fingerprint = fingerprint
         self._run = uuid.uuid4().hex  # all copies of this handler share what they know
+
+    def should_skip_batching(self) -> bool:
+        """Yes: ExtractFeatures hands over whole batches."""
+        return True
 
     def load_model(self) -> LoadedModel:
         """The model; once a process, whoever asks. RunError where it is not the one expected."""
@@ -249,13 +257,34 @@ def _part(result: Features | Failure | Timing) -> Iterator[Any]:
         yield result
 
 
+class _Batch(beam.DoFn):
+    """Images -> lists of them, each for one call of the handler; all in one window."""
+
+    def __init__(self, first: int, most: int):
+        self._first = first
+        self._most = most
+
+    def start_bundle(self) -> None:
+        self._size = self._first
+        self._waiting: list[DecodedImage] = []
+
+    def process(self, image: DecodedImage) -> Iterator[list[DecodedImage]]:
+        self._waiting.append(image)
+        if len(self._waiting) == self._size:
+            full, self._waiting, self._size = self._waiting, [], self._most
+            yield full
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if self._waiting:
+            window = GlobalWindow()
+            yield WindowedValue(self._waiting, window.max_timestamp(), (window,))
+        self._waiting = []
+
+
 class ExtractFeatures(beam.PTransform):
-    """DecodedImage -> `features` (Features), `failures` (Failure) and `timings` (Timing).
+    """DecodedImage -> `features` (Features), `failures` (Failure) and `timings` (Timing)."""
 
-    `handler` is a FrozenModelHandler; anything that loads otherwise is for tests.
-    """
-
-    def __init__(self, handler: ModelHandler[DecodedImage, Any, Any]):
+    def __init__(self, handler: FrozenModelHandler):
         super().__init__()
         self._handler = handler
 
@@ -263,6 +292,7 @@ class ExtractFeatures(beam.PTransform):
         """A PCollection of DecodedImage -> the outputs."""
         return (
             images
+            | "Batch" >> beam.ParDo(_Batch(*self._handler.call_sizes))
             | "RunInference" >> RunInference(self._handler)
             | "Part" >> beam.FlatMap(_part).with_outputs("failures", "timings", main="features")
         )

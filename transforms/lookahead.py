@@ -36,7 +36,9 @@ class Lookahead(Generic[In, Out]):
     """Applies `function` to what is pushed, on `threads`, and hands results back in order.
 
     At most `depth` items, and about `max_bytes` of what `weigh` says of them, are held; pushing
-    more waits for the oldest. An exception of `function` is raised where its result is due.
+    more waits for the oldest. Given `start`, only so many are held at first, and half of what has
+    been pushed later, so that results come soon. An exception of `function` is raised where its
+    result is due.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class Lookahead(Generic[In, Out]):
         depth: int,
         weigh: Callable[[In], int] = lambda item: 0,
         max_bytes: int = 64 << 20,
+        start: int | None = None,
     ):
         self._function = function
         self._threads = threads
         self._depth = depth
+        self._start = depth if start is None else start
+        self._pushed = 0
         self._weigh = weigh
         self._max_bytes = max_bytes
         self._pending: deque[tuple[int, Future[Out]]] = deque()
@@ -61,7 +66,9 @@ class Lookahead(Generic[In, Out]):
         weight = self._weigh(item)
         self._pending.append((weight, self._threads.submit(self._function, item)))
         self._bytes += weight
-        while len(self._pending) > self._depth or (
+        self._pushed += 1
+        depth = min(self._depth, max(self._start, self._pushed // 2))
+        while len(self._pending) > depth or (
             self._bytes > self._max_bytes and len(self._pending) > 1
         ):
             yield self._oldest()
