@@ -251,12 +251,16 @@ NASNET_MOBILE = {
 )
 def test_documented_calls_on_nasnet_mobile(head: Head):
     width, trained, fixed, losses = NASNET_MOBILE[head]
-    layer = hub.KerasLayer(  # loaded once for both: it takes many seconds
-        exported("saved_model", head, "nasnet_mobile"),
-        trainable=True,
-        arguments=dict(batch_norm_momentum=0.997),  # noqa: C408
+    m = tf.keras.Sequential(
+        [
+            hub.KerasLayer(  # loaded once for both: it takes many seconds
+                exported("saved_model", head, "nasnet_mobile"),
+                trainable=True,
+                arguments=dict(batch_norm_momentum=0.997),  # noqa: C408
+            )
+        ]
     )
-    m = tf.keras.Sequential([layer])
+    (layer,) = m.layers
     m.build([None, 224, 224, 3])  # Batch input shape.
     assert m.output_shape == (None, width)
     assert len(layer.trainable_weights) == trained
