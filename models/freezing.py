@@ -267,15 +267,13 @@ def _entry(directory: str, loaded: Any) -> Any:
     """A serving signature, or else the object called."""
     signatures = loaded.signatures
     function = _serving(signatures)
-    if function is not None:
-        pass
-    elif callable(loaded) and loaded.__call__.concrete_functions:
+    if function is None and callable(loaded) and loaded.__call__.concrete_functions:
         trace = loaded.__call__.concrete_functions[0]
         shape = next(t.shape for t in trace.inputs if t.dtype != tf.resource)
         function = tf.function(lambda images: loaded(images)).get_concrete_function(
             tf.TensorSpec(shape, tf.float32)
         )
-    else:
+    if function is None:
         told = ", ".join(sorted(signatures)) or "none"
         raise ModelError(
             f"--model {directory}: no signature serving_default, and not callable (signatures: "

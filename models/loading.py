@@ -255,7 +255,7 @@ def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
     """TensorFlow's function of `graph`, `copies` times over one set of weights."""
     graph_def = graph.to_def()
     weights = {name: constant(array) for name, array in graph.weights.items()}
-    graph.weights.clear()  # TensorFlow has its own now
+    graph.weights.clear()  # TensorFlow holds them now
     shape = tf.TensorShape(graph.nodes[_PIXELS].attr["shape"].shape)
 
     def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:

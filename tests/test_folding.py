@@ -164,6 +164,15 @@ def single(net: Net, x: tf.Tensor, stride: int = 2, size: int = 1, padding: str 
     return tf.nn.conv2d(x, kernel, stride, padding)
 
 
+def pads_left(make) -> int:
+    """The pads that fusing leaves of a graph, whose values stay as they are."""
+    graph = Graph(build(make), ["y"])
+    wanted = run(graph)
+    fuse_convolutions(graph)
+    assert close(run(graph), wanted)
+    return ops(graph)["Pad"]
+
+
 PADS = {
     # side, what reads the odd pixels, pads that stay
     "even": (8, single, 0),
@@ -181,11 +190,7 @@ PADS = {
 @pytest.mark.parametrize("name", PADS)
 def test_pads_that_nothing_reads_are_left_out(name):
     side, then, left = PADS[name]
-    graph = Graph(build(lambda net, x: odd_pixels(net, x, side, then)), ["y"])
-    wanted = run(graph)
-    fuse_convolutions(graph)
-    assert ops(graph)["Pad"] == left
-    assert close(run(graph), wanted)
+    assert pads_left(lambda net, x: odd_pixels(net, x, side, then)) == left
 
 
 @pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
@@ -193,11 +198,7 @@ def test_a_pad_of_unknown_rank_stays():
     def make(net: Net, x: tf.Tensor) -> tf.Tensor:
         return single(net, tf.pad(open_rank(x), [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :])
 
-    graph = Graph(build(make), ["y"])
-    wanted = run(graph)
-    fuse_convolutions(graph)
-    assert ops(graph)["Pad"] == 1
-    assert close(run(graph), wanted)
+    assert pads_left(make) == 1
 
 
 CUTS = {
@@ -220,11 +221,7 @@ def test_other_pads_and_slices_stay(cut, paddings):
         kernel = net.random.normal(size=(1, 1, int(x.shape[-1]), 3)).astype(np.float32)
         return tf.nn.conv2d(x, kernel, 2, "SAME")
 
-    graph = Graph(build(make), ["y"])
-    wanted = run(graph)
-    fuse_convolutions(graph)
-    assert ops(graph)["Pad"] == 1
-    assert close(run(graph), wanted)
+    assert pads_left(make) == 1
 
 
 PRODUCTS = {
