@@ -27,6 +27,7 @@ def fold(graph: Graph) -> None:
         if node.op in _BATCH_NORMS and not node.attr["is_training"].b:
             _fold_batch_norm(graph, node, readers)
     graph.bypass_identities()
+    graph.prune()  # else what was bypassed would still count as a reader
     _push_relus(graph)
     graph.prune()
 

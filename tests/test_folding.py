@@ -61,9 +61,12 @@ def close(got: np.ndarray, wanted: np.ndarray, error: float = 1e-5) -> bool:
     return bool(np.abs(got - wanted).max() <= error * np.abs(wanted).max())
 
 
-def block(net: Net, x: tf.Tensor) -> tf.Tensor:
+def block(net: Net, x: tf.Tensor, endpoint: bool = False) -> tf.Tensor:
     a, b = net.cell(x), net.cell(net.cell(x))
-    return tf.nn.relu(tf.concat([a, b, tf.nn.relu(x)], 3))
+    concat = tf.concat([a, b, tf.nn.relu(x)], 3)
+    if endpoint:
+        tf.identity(concat)
+    return tf.nn.relu(concat)
 
 
 FOLDED = {
@@ -72,7 +75,11 @@ FOLDED = {
         lambda net, x: net.norm(tf.concat([net.conv(x, 3), net.conv(x, 5)], 3)),
         {"FusedBatchNormV3": 0, "BiasAdd": 2},
     ),
-    "a ReLU of a concatenation": (block, {"FusedBatchNormV3": 0, "ConcatV2": 1}),
+    "a ReLU of a concatenation": (block, {"FusedBatchNormV3": 0, "ConcatV2": 1, "Relu": 5}),
+    "one of which an endpoint reads too, that nobody wants": (
+        lambda net, x: block(net, x, endpoint=True),
+        {"FusedBatchNormV3": 0, "ConcatV2": 1, "Relu": 5},
+    ),
 }
 LEFT = {
     "a convolution that is read twice": lambda net, x: (
