@@ -38,6 +38,8 @@ class _Engine:
                 f"--engine openvino: it is not installed here ({error}); pip install openvino, or "
                 "leave the flag out"
             ) from None
+        # As each call does. Two threads that are the first to ask wait for each other forever.
+        openvino.Type.u8.to_dtype()
         self.outputs = tuple(outputs)
         self._core = openvino.Core()
         self._config = {

@@ -21,6 +21,12 @@ def error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
+def in_a_fresh_process(program: str, *arguments: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program, *arguments]
+    subprocess.run(command, env=env, timeout=120, check=True)
+
+
 @pytest.mark.parametrize(
     "export",
     [
@@ -62,6 +68,27 @@ def test_a_picture_has_the_same_bits_in_every_place_lane_and_call():
             assert np.array_equal(vectors, back[name][::-1])
     few = model(PIXELS[:2])  # another size is compiled beside the first
     assert all(error(few[name], forth[name][:2]) < 1e-5 for name in forth)
+
+
+BEGIN_AT_ONCE = """
+import sys, threading
+from models.loading import LoadSpec, load
+load(LoadSpec(sys.argv[1], engine="openvino", copies=2))
+import openvino
+sys.setswitchinterval(1e-6)
+both = threading.Barrier(2)
+def ask():
+    both.wait()
+    openvino.Type.u8.to_dtype()  # as each call of a lane does
+lanes = [threading.Thread(target=ask) for _ in range(2)]
+[lane.start() for lane in lanes]
+[lane.join() for lane in lanes]
+"""
+
+
+def test_lanes_that_begin_at_once_do_not_wait_for_each_other():
+    handle = exports.exported("saved_model", "classification")
+    in_a_fresh_process(BEGIN_AT_ONCE, handle)
 
 
 def test_the_job_tells_its_engine_and_goes_on_with_no_other(tmp_path, job):
@@ -107,5 +134,4 @@ def test_its_import_tells_nobody():
         "except Exception: pass\n"
         "assert 'openvino' in sys.modules and 'openvino_telemetry' not in sys.modules\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", program], env=env, check=True)
+    in_a_fresh_process(program)
