@@ -142,6 +142,6 @@ _ADVICE = {
     "read": "input is the limit: more workers, larger files or a nearer store would feed the model",
     "wait": "decoding is the limit: more vCPU to each model would decode further ahead of it",
     "rest": "writing is the limit: a nearer store or fewer --outputs would take less",
-    "model": "the model is the limit: decoding keeps up, so a faster device, more of them, or "
-    "(if not yet in use) --precision bfloat16 would help",
+    "model": "the model is the limit: decoding keeps up, so a faster device or more of them would "
+    "help, and --precision bfloat16 for a large network or on CPUs that have it",
 }

@@ -155,17 +155,19 @@ def default_batch_size(image_size: int, precision: str, on_gpu: bool) -> int:
     """Images a batch for a machine that computes on a GPU or on none.
 
     On CPU as many as leave their activations in the cache, and bfloat16's are half as large; a GPU
-    wants more.
+    wants more, and has no memory to spare for more than it wants.
     """
     if on_gpu:
-        return 256
+        return 128 if image_size > 300 else 256
     fitting = 1 if image_size > 300 else 8
     return 2 * fitting if precision == "bfloat16" and BFLOAT16 else fitting
 
 
 def default_copies(on_gpu: bool) -> int:
-    """Batches that run at once here: one for each core, each on one thread; on a GPU one."""
-    return 1 if on_gpu else CORES
+    """Batches that run at once here: one for each core, each on one thread; on a GPU two, of which
+    one is copied there or back while the other computes.
+    """
+    return 2 if on_gpu else CORES
 
 
 def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:

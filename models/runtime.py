@@ -72,8 +72,10 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
             # waits for another at the end of each of a thousand operations.
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(CORES)
-            # The graphs are folded and fused already; looking for more took most of a first call.
-            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        # The graphs are folded and fused already; looking for more took most of a first call.
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        # GPUs would compute float32 in TF32, 1e-3 off, and rows of both devices share an output.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         if not _has_gpu:
             tf.config.set_visible_devices([], "GPU")
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver

@@ -52,7 +52,10 @@ GPU_TERAFLOPS = {
     "nvidia-tesla-a100": Figure(19.5, "TFLOP/s float32", _SPEC_SHEET),
 }
 GPU_SHARE = Figure(
-    0.15, "of the peak", "ASSUMED: no GPU was measured; --gpu_images_per_second overrides it"
+    0.15,
+    "of the peak",
+    "ASSUMED: an H100 did 0.09 (nasnet_mobile) and 0.25 (nasnet_large) of its 67 TFLOP/s, "
+    "docs/PERFORMANCE.md; no other GPU was measured; --gpu_images_per_second overrides it",
 )
 DECODE_SECONDS = Figure(
     0.0014, "CPU s/image", "measured: Pillow, a 500 x 375 JPEG to 224 x 224; 12 megapixels: 0.022"

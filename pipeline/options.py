@@ -207,14 +207,14 @@ class Options:
         "batches that run at once, on one CPU thread each",
         metavar="N",
         type=int,
-        why="none: one for each core of a CPU, 1 on a GPU; fewer where processes share the cores",
+        why="none: one for each core of a CPU, 2 on a GPU; fewer where processes share the cores",
     )
     batch_size: int | None = knob(
         None,
         "images a batch, always padded to this size",
         metavar="N",
         type=int,
-        why="chosen for the device: 1 to 16 on CPU, whose cache holds no more; 256 on GPU",
+        why="chosen for the device: 1 to 16 on CPU, whose cache holds no more; 128 or 256 on GPU",
     )
     gpu: str | None = knob(
         None,

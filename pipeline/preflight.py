@@ -251,8 +251,10 @@ def _isolation(options: Options) -> Limits | None:
 
 
 def _copies(workers: dataflow.Workers | None) -> int | None:
-    """Batches at once on workers of another machine; None where they are this one."""
-    return (1 if workers.gpu else workers.cores) if workers else None
+    """Batches at once on the CPUs of another machine's workers; None where it is this one, or a
+    GPU computes.
+    """
+    return workers.cores if workers and not workers.gpu else None
 
 
 def runs_here(beam_args: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import growth, precision, processes, results, scaling, throughput
+from benchmarks import gpu, growth, precision, processes, results, scaling, throughput
 
 SPAWNS = """
 import json, subprocess, sys, time
@@ -104,7 +104,7 @@ def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
 def test_every_part_of_the_page_is_made_by_a_benchmark():
     page = (results.ROOT / results.PAGE).read_text()
     parts = {"throughput", "targets", "stages", growth.PART, precision.PART}
-    parts |= {"startup", "large_pictures"}
+    parts |= {"startup", "large_pictures", gpu.PART}
     assert all(page.count(f"<!-- measured: {part} -->\n") == 1 for part in parts)
     assert page.count("<!-- measured: ") == page.count("<!-- end -->") == len(parts)
 

@@ -291,13 +291,13 @@ def test_the_gpu_of_every_worker_by_beams_own_flag(make):
     made = make(dataflow_service_options=told, machine_type="g2-standard-8")
     assert made.job["environment"]["serviceOptions"] == [told]
     assert not any(made.hints(leaf) for leaf in made.leaves().values())
-    assert batch_size(made) == (256, 256)  # one batch at once: the launcher has no GPU, workers do
+    assert batch_size(made) == (256, 512)  # two at once: the workers have a GPU, the launcher none
 
 
 @pytest.mark.engines
 def test_on_cpus_batches_run_side_by_side_on_the_cores_of_the_worker(make):
     assert batch_size(make(machine_type="n2-standard-16")) == (8, 16 * 8)
-    assert batch_size(make(gpu="nvidia-l4")) == (256, 256)
+    assert batch_size(make(gpu="nvidia-l4")) == (256, 512)
 
 
 def batch_size(made: Made) -> tuple[int, int]:

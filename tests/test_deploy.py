@@ -268,7 +268,7 @@ def test_the_runbook_makes_the_tars_that_it_reads(tmp_path, job):
     assert (ran.line["passed"], ran.line["failures"]) == (7, 0)
 
 
-def test_growing_gpu_memory_is_asked_for_before_anything_touches_it():
+def test_growing_gpu_memory_and_true_float32_are_asked_for_before_anything_touches_it():
     """On a machine that seems to have a GPU: there is none here."""
     code = (
         "import pathlib, tensorflow as tf\n"
@@ -281,6 +281,7 @@ def test_growing_gpu_memory_is_asked_for_before_anything_touches_it():
         "tf.config.experimental.set_memory_growth = grow\n"
         "import models.runtime as runtime\n"
         "print(runtime.GPUS)\n"
+        "print(tf.config.experimental.tensor_float_32_execution_enabled())\n"
     )
     told = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
@@ -289,4 +290,5 @@ def test_growing_gpu_memory_is_asked_for_before_anything_touches_it():
         "gpu 0 True False",
         "gpu 1 True False",
         "['gpu 0', 'gpu 1']",
+        "False",
     ]

@@ -183,6 +183,16 @@ def test_a_device_without_bfloat16_computes_in_float32(monkeypatch):
     assert loading.default_batch_size(331, "float32", on_gpu=False) == 1
 
 
+def test_a_gpu_takes_large_batches_and_copies_one_while_it_computes_another():
+    assert loading.default_batch_size(224, "float32", on_gpu=True) == 256
+    assert loading.default_batch_size(331, "bfloat16", on_gpu=True) == 128
+    assert loading.default_copies(on_gpu=True) == 2
+
+
+def test_float32_is_float32_on_gpus_too():
+    assert not loading.tf.config.experimental.tensor_float_32_execution_enabled()
+
+
 RUN = """
 import numpy as np
 from models.loading import LoadSpec, load
