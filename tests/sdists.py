@@ -24,7 +24,8 @@ def bare_environment(folder: Path) -> tuple[str, Path]:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, check=True)
     (library,) = folder.glob("lib/python*/site-packages")
     where = [sys.executable, "-c", "import setuptools; print(setuptools.__path__[0])"]
-    setuptools = subprocess.run(where, capture_output=True, check=True, text=True)
-    shutil.rmtree(library / "setuptools", ignore_errors=True)  # Python 3.11 brings an old one
-    os.symlink(setuptools.stdout.strip(), library / "setuptools")
+    found = subprocess.run(where, capture_output=True, check=True, text=True)
+    for name in ("setuptools", "_distutils_hack"):  # of which Python 3.11 brings old ones
+        shutil.rmtree(library / name, ignore_errors=True)
+        os.symlink(Path(found.stdout.strip()).parent / name, library / name)
     return str(folder / "bin" / "python"), library
