@@ -25,7 +25,10 @@ def bare_environment(folder: Path) -> tuple[str, Path]:
     (library,) = folder.glob("lib/python*/site-packages")
     where = [sys.executable, "-c", "import setuptools; print(setuptools.__path__[0])"]
     found = subprocess.run(where, capture_output=True, check=True, text=True)
-    for name in ("setuptools", "_distutils_hack"):  # of which Python 3.11 brings old ones
-        shutil.rmtree(library / name, ignore_errors=True)
-        os.symlink(Path(found.stdout.strip()).parent / name, library / name)
+    packages = Path(found.stdout.strip()).parent
+    for old in library.glob("setuptools*"):  # Python 3.11 brings one
+        shutil.rmtree(old)
+    shutil.rmtree(library / "_distutils_hack", ignore_errors=True)
+    for package in (*packages.glob("setuptools*"), packages / "_distutils_hack"):
+        os.symlink(package, library / package.name)
     return str(folder / "bin" / "python"), library
