@@ -16,11 +16,14 @@ DATA = np.random.default_rng(0).bytes(5000)
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """The seconds that were waited, without waiting, and without chance."""
+    """The seconds that were waited, without waiting, and without chance.
+
+    By this module alone: threads that earlier tests have left behind sleep too.
+    """
     waited = []
     monkeypatch.setattr(steady, "FIRST_WAIT", 0.2)
-    monkeypatch.setattr(steady.random, "uniform", lambda low, high: high)
-    monkeypatch.setattr(steady.time, "sleep", waited.append)
+    monkeypatch.setattr(steady, "random", SimpleNamespace(uniform=lambda low, high: high))
+    monkeypatch.setattr(steady, "time", SimpleNamespace(sleep=waited.append))
     return waited
 
 
