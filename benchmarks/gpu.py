@@ -45,7 +45,9 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=["nasnet_mobile", "nasnet_large"])
-    parser.add_argument("--arithmetic", nargs="*", choices=list(ARITHMETIC), default=ARITHMETIC)
+    parser.add_argument(
+        "--arithmetic", nargs="*", choices=list(ARITHMETIC), default=list(ARITHMETIC)
+    )
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 128, 256])
     parser.add_argument("--lanes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=3)
@@ -57,6 +59,8 @@ def main() -> None:
     if request.line:
         print(json.dumps(_line(request, **request.line)))
         return
+    if not request.any_device and not Path("/dev/nvidiactl").exists():
+        parser.error("no GPU here (no /dev/nvidiactl); --any_device goes on without")
     for network in request.networks:
         given = {"model": Place(request.work).prepared(network)}
         given["known"] = str(request.work / f"{network}-cpu.npz")

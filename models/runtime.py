@@ -63,6 +63,8 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
     from tensorflow.python.framework import convert_to_constants, op_def_registry, ops
 
     GPUS = tf.config.list_physical_devices("GPU") if _has_gpu else []
+    # GPUs would compute float32 in TF32, 1e-3 off, and rows of both devices share an output.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow already
         for _gpu in GPUS:
             # Before anything touches the device; otherwise one process takes all of its memory.
@@ -74,8 +76,6 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
             tf.config.threading.set_inter_op_parallelism_threads(CORES)
         # The graphs are folded and fused already; looking for more took most of a first call.
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        # GPUs would compute float32 in TF32, 1e-3 off, and rows of both devices share an output.
-        tf.config.experimental.enable_tensor_float_32_execution(False)
         if not _has_gpu:
             tf.config.set_visible_devices([], "GPU")
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver

@@ -292,3 +292,16 @@ def test_growing_gpu_memory_and_true_float32_are_asked_for_before_anything_touch
         "['gpu 0', 'gpu 1']",
         "False",
     ]
+
+
+def test_float32_is_true_where_the_caller_has_used_tensorflow_already():
+    code = (
+        "import tensorflow as tf\n"
+        "tf.zeros([1]).numpy()\n"
+        "import models.runtime\n"
+        "print(tf.config.experimental.tensor_float_32_execution_enabled())\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert told.stdout == "False\n"

@@ -189,10 +189,6 @@ def test_a_gpu_takes_large_batches_and_copies_one_while_it_computes_another():
     assert loading.default_copies(on_gpu=True) == 2
 
 
-def test_float32_is_float32_on_gpus_too():
-    assert not loading.tf.config.experimental.tensor_float_32_execution_enabled()
-
-
 RUN = """
 import numpy as np
 from models.loading import LoadSpec, load
