@@ -90,11 +90,10 @@ def fuse_convolutions(graph: Graph) -> None:
     """Make each convolution, its bias, an addition and a ReLU behind it one operation.
 
     Only where nothing else reads what lies between. The addition is fused where both sides have
-    one shape. Pads that no convolution reads are left out.
+    one shape.
     """
     shapes = _shapes(graph)
     readers = graph.readers()
-    _skip_pads(graph, shapes, readers)
     for bias in [node for node in graph.nodes.values() if node.op == "BiasAdd"]:
         conv = graph.producer(bias.input[0])
         if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in graph.keep:
@@ -117,28 +116,43 @@ def fuse_convolutions(graph: Graph) -> None:
     graph.prune()
 
 
-def _skip_pads(
-    graph: Graph, shapes: dict[str, list[int | None]], readers: dict[str, list[Any]]
-) -> None:
-    """Slice without padding, where only every other pixel is read and no padded one is.
+def take_odd_pixels(graph: Graph) -> None:
+    """Make a factorized reduction's odd pixels one depthwise convolution.
 
-    A factorized reduction takes its odd pixels as `pad(x)[:, 1:, 1:]` at a stride of two; the last
-    of them lie within `x` where its height and width are even.
+    It pads, cuts the first row and column off and reads every other pixel. A kernel of 2 x 2 with a
+    single one takes them in one pass, and in any layout: OpenVINO turned pictures around for the
+    cut. What reads them has no stride any more.
     """
+    readers = graph.readers()
     for cut in [node for node in graph.nodes.values() if node.op == "StridedSlice"]:
         pad = graph.producer(cut.input[0])
-        if pad.op != "Pad" or waits(pad) or waits(cut) or cut.name in graph.keep:
-            continue
-        sides = shapes.get(pad.input[0], [])[1:3]
+        reading = readers[cut.name]
         at_the_end = [[0, 0], [0, 1], [0, 1], [0, 0]]
         if (
-            np.array_equal(graph.constant(pad.input[1]), at_the_end)  # type: ignore[arg-type]
-            and len(sides) == 2
-            and all(side is not None and side % 2 == 0 for side in sides)
-            and _drops_first(graph, cut)
-            and all(_reads_every_other(graph, reader, cut) for reader in readers[cut.name])
+            pad.op != "Pad"
+            or waits(pad)
+            or waits(cut)
+            or cut.name in graph.keep
+            or not np.array_equal(graph.constant(pad.input[1]), at_the_end)  # type: ignore[arg-type]
+            or not _drops_first(graph, cut)
+            or not all(_reads_every_other(graph, reader, cut) for reader in reading)
         ):
-            cut.input[0] = pad.input[0]
+            continue
+        weights = graph.constant(reading[0].input[1])
+        assert weights is not None
+        kernel = np.zeros((2, 2, weights.shape[2], 1), weights.dtype)
+        kernel[1, 1] = 1
+        name = f"{cut.name}/odd"
+        odd = graph.add(
+            "DepthwiseConv2dNative", name, [pad.input[0], graph.add_constant(f"{name}/one", kernel)]
+        )
+        odd.attr["T"].CopyFrom(cut.attr["T"])
+        odd.attr["strides"].list.i.extend([1, 2, 2, 1])
+        odd.attr["padding"].s = b"SAME"
+        for reader in reading:
+            reader.input[0] = name
+            reader.attr["strides"].list.i[:] = [1, 1, 1, 1]
+    graph.prune()
 
 
 def _drops_first(graph: Graph, cut: Any) -> bool:

@@ -15,7 +15,13 @@ from models import openvino, prepared
 from models.fingerprint import fingerprint
 from models.folding import fold
 from models.freezing import EMBEDDING, LOGITS, Frozen, Hints, ModelError, freeze, read_proto
-from models.fusing import can_fuse, fuse_convolutions, multiply_by_picture, to_bfloat16
+from models.fusing import (
+    can_fuse,
+    fuse_convolutions,
+    multiply_by_picture,
+    take_odd_pixels,
+    to_bfloat16,
+)
 from models.graphs import Graph
 from models.handles import PREPARED, model_format, resolve
 from models.prepared import Prepared
@@ -113,6 +119,8 @@ def load(spec: LoadSpec) -> LoadedModel:
             outputs = spec.outputs or tuple(info.outputs)
             bfloat16 = spec.precision == "bfloat16" and BFLOAT16
             graph.prune(outputs)
+            if not has_gpu(spec.engine):
+                take_odd_pixels(graph)
             if spec.engine == OPENVINO:
                 runs = openvino.functions(graph, outputs, bfloat16, spec.copies)
             else:

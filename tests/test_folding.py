@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.folding import fold
-from models.fusing import can_fuse, fuse_convolutions, multiply_by_picture, to_bfloat16
+from models.fusing import (
+    can_fuse,
+    fuse_convolutions,
+    multiply_by_picture,
+    take_odd_pixels,
+    to_bfloat16,
+)
 from models.graphs import Graph
 from models.runtime import BFLOAT16
 
@@ -171,41 +177,45 @@ def single(net: Net, x: tf.Tensor, stride: int = 2, size: int = 1, padding: str 
     return tf.nn.conv2d(x, kernel, stride, padding)
 
 
-def pads_left(make) -> int:
-    """The pads that fusing leaves of a graph, whose values stay as they are."""
+def odd_pixels_taken(make) -> int:
+    """How often the odd pixels of a graph are taken at once; its values stay as they are."""
     graph = Graph(build(make), ["y"])
     wanted = run(graph)
-    fuse_convolutions(graph)
+    before = ops(graph)
+    take_odd_pixels(graph)
     assert close(run(graph), wanted)
-    return ops(graph)["Pad"]
+    taken = ops(graph)["DepthwiseConv2dNative"] - before["DepthwiseConv2dNative"]
+    assert before["StridedSlice"] - ops(graph)["StridedSlice"] == taken
+    assert before["Pad"] - ops(graph)["Pad"] == taken
+    return taken
 
 
-PADS = {
-    # side, what reads the odd pixels, pads that stay
-    "even": (8, single, 0),
-    "even, valid": (8, lambda net, x: single(net, x, padding="VALID"), 0),
-    "even, read twice": (8, lambda net, x: single(net, x) + single(net, x), 0),
-    "odd": (7, single, 1),
-    "every pixel": (8, lambda net, x: single(net, x, stride=1), 1),
-    "three by three": (8, lambda net, x: single(net, x, size=3), 1),
-    "also by another": (8, lambda net, x: single(net, x) + tf.reduce_mean(x), 1),
-    "also as they are": (8, lambda net, x: single(net, x) + x[:, ::2, ::2, :3], 1),
+ODD_PIXELS = {
+    # side, what reads the odd pixels, how often they are taken
+    "of an even side": (8, single, 1),
+    "of an even side, valid": (8, lambda net, x: single(net, x, padding="VALID"), 1),
+    "of an odd side": (7, single, 1),
+    "of an odd side, valid": (7, lambda net, x: single(net, x, padding="VALID"), 1),
+    "of one pixel": (1, single, 1),
+    "read twice": (8, lambda net, x: single(net, x) + single(net, x), 1),
+    "every pixel": (8, lambda net, x: single(net, x, stride=1), 0),
+    "three by three": (8, lambda net, x: single(net, x, size=3), 0),
+    "also by another": (8, lambda net, x: single(net, x) + tf.reduce_mean(x), 0),
+    "also as they are": (8, lambda net, x: single(net, x) + x[:, ::2, ::2, :3], 0),
 }
 
 
-@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
-@pytest.mark.parametrize("name", PADS)
-def test_pads_that_nothing_reads_are_left_out(name):
-    side, then, left = PADS[name]
-    assert pads_left(lambda net, x: odd_pixels(net, x, side, then)) == left
+@pytest.mark.parametrize("name", ODD_PIXELS)
+def test_odd_pixels_are_taken_at_once(name):
+    side, then, times = ODD_PIXELS[name]
+    assert odd_pixels_taken(lambda net, x: odd_pixels(net, x, side, then)) == times
 
 
-@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
-def test_a_pad_of_unknown_rank_stays():
+def test_odd_pixels_of_unknown_sides():
     def make(net: Net, x: tf.Tensor) -> tf.Tensor:
         return single(net, tf.pad(open_rank(x), [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :])
 
-    assert pads_left(make) == 1
+    assert odd_pixels_taken(make) == 1
 
 
 CUTS = {
@@ -217,7 +227,6 @@ CUTS = {
 }
 
 
-@pytest.mark.skipif(not can_fuse(), reason="this TensorFlow has no oneDNN")
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize(
     "paddings", [[[0, 0], [0, 1], [0, 1], [0, 0]], [[0, 0], [1, 0], [1, 0], [0, 0]]]
@@ -228,7 +237,7 @@ def test_other_pads_and_slices_stay(cut, paddings):
         kernel = net.random.normal(size=(1, 1, int(x.shape[-1]), 3)).astype(np.float32)
         return tf.nn.conv2d(x, kernel, 2, "SAME")
 
-    assert pads_left(make) == 1
+    assert odd_pixels_taken(make) == 0
 
 
 PRODUCTS = {
