@@ -34,6 +34,7 @@ class Place:
     """Where models, frozen graphs and output lie, below `folder`; made when asked for."""
 
     folder: Path
+    into: str = "output"
 
     def _made(self, name: str, *command: str) -> str:
         path = self.folder / name
@@ -64,7 +65,7 @@ class Place:
     @property
     def output(self) -> Path:
         """Where the job writes."""
-        return self.folder / "output"
+        return self.folder / self.into
 
 
 Command = Callable[[Place, str], list[str]]
@@ -261,14 +262,21 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def measure(
-    contender: Contender, place: Place, images: Sequence[int], shards: int
+    contender: Contender,
+    place: Place,
+    images: Sequence[int],
+    shards: int,
+    prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One turn of a contender: images/s, CPU ms an image, peak MiB, seconds to the first row."""
+    """One turn of a contender: images/s, CPU ms an image, peak MiB, seconds to the first row.
+
+    `prefix` comes before its commands.
+    """
     small_size, large_size = images
     large_size = small_size + int(contender.share * (large_size - small_size))
     small = write_records(place.folder, small_size, shards)
     if contender.steady:
-        told = run(contender.command(place, small))
+        told = run([*prefix, *contender.command(place, small)])
         return {
             "images_per_second": told["images"] / told["steady_seconds"],
             "cpu_ms": 1000 * told["steady_cpu"] / told["images"],
@@ -279,12 +287,12 @@ def measure(
     told = {}
     for size, records in ((small_size, small), (large_size, large)):
         shutil.rmtree(place.output, ignore_errors=True)
-        told[size] = run(contender.command(place, records))
+        told[size] = run([*prefix, *contender.command(place, records)])
         if told[size]["images"] != size:
             raise RuntimeError(f"{contender.shown}: {told[size]['images']} images of {size}")
     first = told[small_size]["first"]
     if contender.first:
-        command = [*contender.command(place, small), *contender.first]
+        command = [*prefix, *contender.command(place, small), *contender.first]
         shutil.rmtree(place.output, ignore_errors=True)
         first = run(command, watch=place.output / "features")["first"]
     more = {

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import gpu, growth, precision, processes, results, scaling, throughput
+from benchmarks import duel, gpu, growth, precision, processes, results, scaling, throughput
 
 SPAWNS = """
 import json, subprocess, sys, time
@@ -104,7 +104,7 @@ def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
 def test_every_part_of_the_page_is_made_by_a_benchmark():
     page = (results.ROOT / results.PAGE).read_text()
     parts = {"throughput", "targets", "stages", growth.PART, precision.PART}
-    parts |= {"startup", "large_pictures", gpu.PART}
+    parts |= {"startup", "large_pictures", gpu.PART, duel.PART}
     assert all(page.count(f"<!-- measured: {part} -->\n") == 1 for part in parts)
     assert page.count("<!-- measured: ") == page.count("<!-- end -->") == len(parts)
 
@@ -223,5 +223,26 @@ def test_vectors_are_compared_photograph_by_photograph():
 def test_both_sides_of_every_ratio_are_contenders():
     rates = {name: ran(100) for name in throughput.CONTENDERS}
     rows = throughput.targets(rates).splitlines()[2:]
-    assert len(rows) == 17
+    assert len(rows) == 27
     assert throughput.table(rates).count("\n| ") == len(throughput.CONTENDERS)
+
+
+def test_two_at_a_time_are_told_by_their_ratios(tmp_path, monkeypatch):
+    """Each core has each of them as often as the other; ratios are of one turn."""
+    asked = []
+
+    def measured(contender, place, images, shards, prefix):
+        asked.append((contender.shown, place.output.name, prefix[-1]))
+        return {"cpu_ms": 20.0 if contender.shown == "ours, float32" else 25.0}
+
+    monkeypatch.setattr(duel, "measure", measured)
+    place = throughput.Place(tmp_path)
+    names = ("ours_f32", "tfdata_f32")
+    turns = [duel.duel(names, cores, place, (5, 50)) for cores in ((0, 1), (1, 0))]
+    assert turns == [[20, 25], [20, 25]]
+    assert len({into for _, into, _ in asked[:2]}) == 2
+    assert len(set(asked)) == 4
+    of = ran(1)[0]["of"]
+    runs = {"ours_f32 / tfdata_f32": [{"cpu_ms": a, "other_cpu_ms": b, "of": of} for a, b in turns]}
+    row = duel.table(runs).splitlines()[2]
+    assert "ours, float32 / tf.data + frozen, float32 | 0.80 (0.80 to 0.80) |" in row
