@@ -36,9 +36,13 @@ log = logging.getLogger("pipeline")
 
 def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     """Run the job; returns what the JSON line tells. Raises RequestError before any work."""
+    level = log.level
+    if options.quiet:
+        log.setLevel(logging.WARNING)
     try:
         return _run(options, beam_args)
     finally:
+        log.setLevel(level)
         isolation.drop_ahead()
         prepared.drop_ahead()
 
@@ -58,9 +62,12 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     except Exception as error:  # a fault of ours or of a store's client, whose text needs hiding
         output = None if options.sink == "null" else files.absolute(options.output)
         return failed(output, error, started)
+    from pipeline import progress  # here, since it imports Beam
+
     waited = dataflow.is_waited_for(beam_args)
     try:
-        result = run_graph(plan, beam_args)
+        with progress.told():
+            result = run_graph(plan, beam_args)
         if plan.sink == "null":
             if not waited:
                 return submitted(None, run_id, started)

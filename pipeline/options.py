@@ -325,6 +325,12 @@ class Options:
         type=byte_size,
         why="none: 24 for each of --max_image_pixels, 2 GiB; 17 were the most seen (a float TIFF)",
     )
+    quiet: bool = knob(
+        False,
+        "log warnings and errors only: neither progress, every 30 s where workers are threads of "
+        "this process, nor advice",
+        action="store_true",
+    )
     dry_run: bool = knob(
         False, "check model, input, output and one image; run nothing", action="store_true"
     )

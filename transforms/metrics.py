@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import apache_beam as beam
 
 from formats.timing import Timing
+
+_totals: Counter[tuple[str, str]] = Counter()
+_totalling = threading.Lock()
+
+
+def totals() -> Counter[tuple[str, str]]:
+    """What this process has counted so far, by transform and name; Beam tells it after a run."""
+    with _totalling:
+        return Counter(_totals)
 
 
 @functools.cache  # making one costs more than all else in counting
@@ -18,6 +29,8 @@ def _counter(transform: str, name: str) -> beam.metrics.metric.Metrics.Delegatin
 def inc_counter(transform: str, name: str, by: int = 1) -> None:
     """Add `by` to the counter `name` of `transform`."""
     _counter(transform, name).inc(by)
+    with _totalling:
+        _totals[transform, name] += by
 
 
 @functools.cache

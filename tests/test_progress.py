@@ -1,0 +1,71 @@
+"""A long run tells how far it is, unless it is asked to be quiet."""
+
+import logging
+import re
+import time
+
+import pytest
+from pictures import jpeg
+
+from pipeline import progress
+from transforms.metrics import inc_counter
+
+
+def lines(caplog) -> list[str]:
+    return [line for line in caplog.messages if "images read" in line]
+
+
+def until(told, wanted: int, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while len(told()) < wanted:
+        assert time.monotonic() < end, told()
+        time.sleep(0.01)
+
+
+def test_counts_are_told_as_they_grow(caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    inc_counter("ReadImages", "images", 7)  # of an earlier run in this process
+    with progress.told(every=0.02):
+        time.sleep(0.1)
+        assert not lines(caplog)  # nothing has come on
+        inc_counter("ReadImages", "images", 1234)
+        until(lambda: lines(caplog), 1)
+        assert lines(caplog)[-1].startswith("1,234 images read, 0 through the model (0.0 a second)")
+        inc_counter("ExtractFeatures", "batch_filled", 1000)
+        inc_counter("ExtractFeatures", "reused", 30)
+        inc_counter("DecodeImages", "failures", 4)
+        until(lambda: [line for line in lines(caplog) if "1,030 through" in line], 1)
+        until(lambda: [line for line in lines(caplog) if line.endswith(" 4 failed")], 1)
+    told = len(lines(caplog))
+    inc_counter("ReadImages", "images")
+    time.sleep(0.1)
+    assert len(lines(caplog)) == told  # the run is over
+
+
+def test_it_ends_with_a_run_that_fails(caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    with pytest.raises(RuntimeError), progress.told(every=0.01):
+        raise RuntimeError
+    inc_counter("ReadImages", "images")
+    time.sleep(0.05)
+    assert not lines(caplog)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_job_tells_of_itself(tmp_path, job, caplog, monkeypatch, quiet):
+    monkeypatch.setattr(progress, "EVERY", 0.005)
+    caplog.set_level(logging.INFO, "pipeline")
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(jpeg(40 + number, 30))
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"\xff\xd8")
+    ran = job(tmp_path / "in", max_failure_rate=1, **({"quiet": True} if quiet else {}))
+    assert (ran.code, ran.line["features"], ran.line["failures"]) == (0, 4, 1)
+    told = r"(\d+) images read, (\d+) through the model \(.* a second\), (\d+) failed"
+    counts = [tuple(map(int, re.fullmatch(told, line).groups())) for line in lines(caplog)]
+    assert counts == sorted(counts)
+    if quiet:
+        assert not [record for record in caplog.records if record.levelno == logging.INFO]
+    else:
+        assert counts[-1][0] == 5
+    assert logging.getLogger("pipeline").level == logging.INFO  # as the caller had it
