@@ -133,6 +133,7 @@ def take_odd_pixels(graph: Graph) -> None:
             or waits(pad)
             or waits(cut)
             or cut.name in graph.keep
+            or not reading
             or not np.array_equal(graph.constant(pad.input[1]), at_the_end)  # type: ignore[arg-type]
             or not _drops_first(graph, cut)
             or not all(_reads_every_other(graph, reader, cut) for reader in reading)

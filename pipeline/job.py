@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -36,13 +37,9 @@ log = logging.getLogger("pipeline")
 
 def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     """Run the job; returns what the JSON line tells. Raises RequestError before any work."""
-    level = log.level
-    if options.quiet:
-        log.setLevel(logging.WARNING)
     try:
         return _run(options, beam_args)
     finally:
-        log.setLevel(level)
         isolation.drop_ahead()
         prepared.drop_ahead()
 
@@ -66,7 +63,7 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
 
     waited = dataflow.is_waited_for(beam_args)
     try:
-        with progress.told():
+        with contextlib.nullcontext() if options.quiet else progress.told(options.stop_after):
             result = run_graph(plan, beam_args)
         if plan.sink == "null":
             if not waited:
@@ -77,10 +74,10 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             return submitted(plan.publication.output, run_id, started)
         if verdict is None:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
-        if verdict["status"] == COMPLETE:
-            _advise(plan.publication.output)
-        else:
+        if verdict["status"] != COMPLETE:
             _tell_of_failures(plan.publication, verdict["run"])
+        elif not options.quiet:
+            _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
         return failed(plan.publication.output, error, started)

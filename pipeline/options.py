@@ -327,8 +327,8 @@ class Options:
     )
     quiet: bool = knob(
         False,
-        "log warnings and errors only: neither progress, every 30 s where workers are threads of "
-        "this process, nor advice",
+        "log neither progress, which comes every 30 s where workers are threads of this process, "
+        "nor advice at the end",
         action="store_true",
     )
     dry_run: bool = knob(
