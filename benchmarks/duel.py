@@ -3,7 +3,8 @@
     python -m benchmarks.duel bare_f32_openvino bare_f32 --repeat 4
 
 What slows a machine down slows both, so that a few per cent can be told where runs one after
-another differ by twenty. A job has one lane there, and both share the last cache as lanes do.
+another differ by twenty. A job has one lane there, and both share the last cache as lanes do. A
+turn is two duels; each side goes through its runs by itself, so that the slower one ends alone.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.pictures import write_records
 from benchmarks.processes import note
-from benchmarks.throughput import CONTENDERS, Place, Runs, measure
+from benchmarks.throughput import CONTENDERS, Place, Runs, make, measure
 
 PART = "duel"
+SHARDS = 4
 
 
 def duel(
@@ -33,7 +34,7 @@ def duel(
     def one(name: str, core: int) -> float:
         contender = replace(CONTENDERS[name], first=())
         apart = replace(place, into=f"output-{core}")
-        figures = measure(contender, apart, images, 4, ("taskset", "--cpu-list", str(core)))
+        figures = measure(contender, apart, images, SHARDS, ("taskset", "--cpu-list", str(core)))
         return float(figures["cpu_ms"])
 
     with ThreadPoolExecutor(len(names)) as both:
@@ -42,7 +43,7 @@ def duel(
 
 def table(runs: Runs) -> str:
     """Every pair that has run."""
-    rows = ["| CPU time of / that of | ratio | CPU ms an image | turns |", "|---|---|---|---|"]
+    rows = ["| CPU time of / that of | ratio | CPU ms an image | duels |", "|---|---|---|---|"]
     for name, found in runs.items():
         one, other = (CONTENDERS[side].shown for side in name.split(" / "))
         ratios = [run["cpu_ms"] / run["other_cpu_ms"] for run in found]
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs=2, choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--images", type=int, nargs=2, default=(500, 2500))
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "benchmark")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
     request = parser.parse_args()
@@ -69,14 +70,14 @@ def main() -> None:
         parser.error("this process may run on one core only; two contenders want one each")
     place = Place(request.work)
     place.folder.mkdir(parents=True, exist_ok=True)
-    for name in request.names:  # nothing is made while they run
-        for size in request.images:
-            CONTENDERS[name].command(place, write_records(place.folder, size, 4))
+    for name in request.names:
+        make(CONTENDERS[name], place, request.images, SHARDS)
+    name = " / ".join(request.names)
     for turn in range(request.repeat):
-        mine, other = duel(request.names, cores if turn % 2 else cores[::-1], place, request.images)
-        name = " / ".join(request.names)
-        results.add(request.results, PART, name, {"cpu_ms": mine, "other_cpu_ms": other})
-        note(f"{turn + 1}: {name}: CPU {mine:.2f} / {other:.2f} ms an image, {mine / other:.3f}")
+        for order in (cores, cores[::-1]):
+            mine, other = duel(request.names, order, place, request.images)
+            results.add(request.results, PART, name, {"cpu_ms": mine, "other_cpu_ms": other})
+            note(f"{turn + 1}: {name}: CPU {mine:.2f} / {other:.2f} ms, {mine / other:.3f}")
     results.show_each(request.results, PART, table)
 
 

@@ -87,6 +87,11 @@ def show_each(
     folder: Path, part: str, make: Callable[[dict[str, list[dict[str, Any]]]], str], place: str = ""
 ) -> None:
     """Show what `make` tells of the runs of `part`, for each machine by itself."""
+    show(folder, place or part, each(folder, part, make))
+
+
+def each(folder: Path, part: str, make: Callable[[dict[str, list[dict[str, Any]]]], str]) -> str:
+    """What `make` tells of the runs of `part`, a paragraph for each machine."""
     runs = read(folder).get(part, {})
     machines = sorted({one["of"]["machine"] for found in runs.values() for one in found})
     texts = []
@@ -97,7 +102,12 @@ def show_each(
         }
         head = f"On {machine}:\n\n" if len(machines) > 1 else ""
         texts.append(head + make({name: found for name, found in own.items() if found}))
-    show(folder, place or part, "\n\n".join(texts))
+    return "\n\n".join(texts)
+
+
+def at(run: dict[str, Any]) -> float:
+    """When a run ended, in seconds."""
+    return time.mktime(time.strptime(run["of"]["at"], "%Y-%m-%d %H:%M"))
 
 
 def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
@@ -115,8 +125,7 @@ def paired(
     """
 
     def apart(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
-        first, second = (time.strptime(one["of"]["at"], "%Y-%m-%d %H:%M") for one in pair)
-        return abs(time.mktime(first) - time.mktime(second))
+        return abs(at(pair[0]) - at(pair[1]))
 
     if len(mine) <= len(others):
         pairs = [min(((one, other) for other in others), key=apart) for one in mine]

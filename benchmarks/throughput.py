@@ -146,6 +146,7 @@ def bare(network: str, precision: str, *flags: str) -> Command:
     )
 
 
+_NEAR = 3600  # seconds between two runs of which a difference is told
 _FIRST = ("--limit", "16", "--rows_per_file", "8", "--if_exists", "overwrite")
 _FAST = ("--precision", "bfloat16")
 _OPENVINO = ("--engine", "openvino")
@@ -261,6 +262,18 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
+def make(contender: Contender, place: Place, images: Sequence[int], shards: int) -> list[str]:
+    """The small and the large records of a contender, and its models.
+
+    All is made beforehand, since nothing should be while others are measured.
+    """
+    small, large = images
+    sizes = small, small + int(contender.share * (large - small))
+    records = [write_records(place.folder, size, shards) for size in sizes]
+    contender.command(place, records[0])
+    return records
+
+
 def measure(
     contender: Contender,
     place: Place,
@@ -274,7 +287,7 @@ def measure(
     """
     small_size, large_size = images
     large_size = small_size + int(contender.share * (large_size - small_size))
-    small = write_records(place.folder, small_size, shards)
+    small, large = make(contender, place, images, shards)
     if contender.steady:
         told = run([*prefix, *contender.command(place, small)])
         return {
@@ -283,7 +296,6 @@ def measure(
             "peak_mib": told["peak_mib"],
             "images": told["images"],
         }
-    large = write_records(place.folder, large_size, shards)
     told = {}
     for size, records in ((small_size, small), (large_size, large)):
         shutil.rmtree(place.output, ignore_errors=True)
@@ -420,11 +432,17 @@ def targets(runs: Runs) -> str:
 def stages(runs: Runs) -> str:
     """Where an image's CPU time goes, from runs that end earlier, and from parts run alone.
 
-    By the last run of each: differences want runs that are near in time.
+    By the runs nearest to the last that ended at decoding, and none more than an hour away:
+    differences want runs that are near in time.
     """
+    at = max((results.at(one) for one in runs.get("stage_decode", [])), default=None)
 
     def cpu(name: str) -> float | None:
-        return results.median(runs.get(name, [])[-1:], "cpu_ms")
+        found = runs.get(name, [])
+        if at is None:
+            return results.median(found[-1:], "cpu_ms")
+        near = [one for one in found if abs(results.at(one) - at) <= _NEAR]
+        return results.median(sorted(near, key=lambda one: abs(results.at(one) - at))[:1], "cpu_ms")
 
     rows = [
         "| CPU ms an image | bfloat16 | float32 |",
@@ -486,11 +504,8 @@ def main() -> None:
             del chosen[name]
     place = Place(request.work)
     place.folder.mkdir(parents=True, exist_ok=True)
-    small, large = request.images
-    for contender in chosen.values():  # nothing is made while others are measured
-        size = small + int(contender.share * (large - small))
-        write_records(place.folder, small, request.shards)
-        contender.command(place, write_records(place.folder, size, request.shards))
+    for contender in chosen.values():
+        make(contender, place, request.images, request.shards)
     if request.make:
         return
     for turn in range(request.repeat):

@@ -5,7 +5,18 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import duel, gpu, growth, precision, processes, results, scaling, throughput
+from benchmarks import (
+    duel,
+    gpu,
+    growth,
+    large_pictures,
+    precision,
+    processes,
+    results,
+    scaling,
+    startup,
+    throughput,
+)
 
 SPAWNS = """
 import json, subprocess, sys, time
@@ -101,12 +112,27 @@ def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
     assert [run["rate"] for run in results.read(tmp_path)["part"]["ours"]] == [2, 4]
 
 
+PAGE = {
+    "throughput": (throughput.PART, throughput.table),
+    "targets": (throughput.PART, throughput.targets),
+    "stages": (throughput.PART, throughput.stages),
+    **{
+        bench.PART: (bench.PART, bench.table)
+        for bench in (duel, gpu, growth, large_pictures, precision, startup)
+    },
+}
+
+
+@pytest.mark.parametrize("place", PAGE)
+def test_the_page_shows_what_was_measured(place):
+    text = results.each(results.ROOT, *PAGE[place])
+    page = (results.ROOT / results.PAGE).read_text()
+    assert page.count(f"<!-- measured: {place} -->\n{text}\n<!-- end -->\n") == 1
+
+
 def test_every_part_of_the_page_is_made_by_a_benchmark():
     page = (results.ROOT / results.PAGE).read_text()
-    parts = {"throughput", "targets", "stages", growth.PART, precision.PART}
-    parts |= {"startup", "large_pictures", gpu.PART, duel.PART}
-    assert all(page.count(f"<!-- measured: {part} -->\n") == 1 for part in parts)
-    assert page.count("<!-- measured: ") == page.count("<!-- end -->") == len(parts)
+    assert page.count("<!-- measured: ") == page.count("<!-- end -->") == len(PAGE)
 
 
 def test_median_and_spread_pass_over_what_was_not_measured():
@@ -178,6 +204,12 @@ def test_a_stage_costs_what_it_adds():
     }
     cells = [row.split("|")[2].strip() for row in throughput.stages(runs).splitlines()[2:]]
     assert cells == ["0.50", "2.00", "7.50", "0.25", "10.25", "-", "-"]
+    runs["ours_bf16"] = ran(1, 1, 1, cpu_ms=9.0)[1:]  # an hour later, and two
+    cells = [row.split("|")[2].strip() for row in throughput.stages(runs).splitlines()[2:]]
+    assert cells[3:5] == ["-1.00", "9.00"]
+    runs["ours_bf16"] = runs["ours_bf16"][1:]
+    cells = [row.split("|")[2].strip() for row in throughput.stages(runs).splitlines()[2:]]
+    assert cells[3:5] == ["-", "-"]
 
 
 def test_growth_takes_start_up_off():
