@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.processes import load
 
+NEAR = 3600  # seconds between two runs that are held against each other
 ROOT = Path(__file__).parents[1]
 DATA = Path("docs/performance.json")
 PAGE = Path("docs/PERFORMANCE.md")
@@ -119,7 +120,7 @@ def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
 def paired(
     mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], figure: str
 ) -> float | None:
-    """The median of mine / other, each run of the fewer against the nearest in time.
+    """The median of mine / other, each run of the fewer against the nearest within an hour.
 
     So that a machine which slows down between two turns slows both sides of each ratio.
     """
@@ -127,11 +128,14 @@ def paired(
     def apart(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
         return abs(at(pair[0]) - at(pair[1]))
 
+    if not mine or not others:
+        return None
     if len(mine) <= len(others):
         pairs = [min(((one, other) for other in others), key=apart) for one in mine]
     else:
         pairs = [min(((one, other) for one in mine), key=apart) for other in others]
-    return median([{"ratio": one[figure] / other[figure]} for one, other in pairs], "ratio")
+    near = [pair for pair in pairs if apart(pair) <= NEAR]
+    return median([{"ratio": one[figure] / other[figure]} for one, other in near], "ratio")
 
 
 def spread(runs: Iterable[dict[str, Any]], figure: str, digits: int = 0) -> str:

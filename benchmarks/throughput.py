@@ -146,7 +146,6 @@ def bare(network: str, precision: str, *flags: str) -> Command:
     )
 
 
-_NEAR = 3600  # seconds between two runs of which a difference is told
 _FIRST = ("--limit", "16", "--rows_per_file", "8", "--if_exists", "overwrite")
 _FAST = ("--precision", "bfloat16")
 _OPENVINO = ("--engine", "openvino")
@@ -348,8 +347,8 @@ def table(runs: Runs) -> str:
 def targets(runs: Runs) -> str:
     """Each target with what was measured; a line only where both sides have run.
 
-    Ratios are of runs that are near in time; a rival counts by the best of its ways, and nothing is
-    met before all of them ran.
+    Ratios are of runs within an hour; a rival counts by the best of its ways, and nothing is met
+    before all of them ran.
     """
     cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
 
@@ -357,15 +356,14 @@ def targets(runs: Runs) -> str:
         return [rival, *(f"{rival}_{way}" for way in _OTHER_WAYS if f"{rival}_{way}" in CONTENDERS)]
 
     def ratio(ours: str, rival: str) -> float | None:
-        mine = runs.get(ours, [])
-        every = [runs.get(way, []) for way in ways(rival)]
-        ratios = [results.paired(mine, others, "images_per_second") for others in every]
-        return min((one for one in ratios if one), default=None)
+        return results.paired(runs.get(ours, []), runs.get(rival, []), "images_per_second")
 
     def against(
         ours: str, rival: str, least: float | None = None
     ) -> tuple[float | None, float | None, list[str]]:
-        return ratio(ours, rival), least, [way for way in ways(rival) if way not in runs]
+        ratios = {way: ratio(ours, way) for way in ways(rival)}
+        ran = [found for found in ratios.values() if found]
+        return min(ran, default=None), least, [way for way, found in ratios.items() if not found]
 
     def allowed(precision: str) -> float | None:
         cpu = [
@@ -441,7 +439,7 @@ def stages(runs: Runs) -> str:
         found = runs.get(name, [])
         if at is None:
             return results.median(found[-1:], "cpu_ms")
-        near = [one for one in found if abs(results.at(one) - at) <= _NEAR]
+        near = [one for one in found if abs(results.at(one) - at) <= results.NEAR]
         return results.median(sorted(near, key=lambda one: abs(results.at(one) - at))[:1], "cpu_ms")
 
     rows = [

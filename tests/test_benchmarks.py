@@ -195,6 +195,15 @@ def test_nothing_is_met_before_all_ways_of_the_rival_ran():
     assert verdict() == ["1.09", "at least 1.2", "missed"]
 
 
+def test_runs_more_than_an_hour_apart_are_not_held_against_each_other():
+    mine, later = ran(100), ran(50, 50, 50)[2:]
+    assert results.paired(mine, later, "images_per_second") is None
+    assert results.paired(mine, [], "images_per_second") is None
+    runs = {"ours_bf16": mine, "tfdata_bf16": ran(80), "tfdata_bf16_plain": later}
+    (row,) = throughput.targets(runs).splitlines()[2:]
+    assert "| 1.25 | at least 1.05 | not shown, without tfdata_bf16_plain |" in row
+
+
 def test_a_stage_costs_what_it_adds():
     runs = {
         "stage_read": ran(1, cpu_ms=0.5),
