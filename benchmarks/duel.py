@@ -75,7 +75,11 @@ def main() -> None:
     name = " / ".join(request.names)
     for turn in range(request.repeat):
         for order in (cores, cores[::-1]):
-            mine, other = duel(request.names, order, place, request.images)
+            try:
+                mine, other = duel(request.names, order, place, request.images)
+            except RuntimeError as error:  # what ran before is shown all the same
+                note(f"{name}: {error}")
+                continue
             results.add(request.results, PART, name, {"cpu_ms": mine, "other_cpu_ms": other})
             note(f"{turn + 1}: {name}: CPU {mine:.2f} / {other:.2f} ms, {mine / other:.3f}")
     results.show_each(request.results, PART, table)
