@@ -261,15 +261,15 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def make(contender: Contender, place: Place, images: Sequence[int], shards: int) -> list[str]:
-    """The small and the large records of a contender, and its models.
+def make(contender: Contender, place: Place, images: Sequence[int], shards: int) -> dict[int, str]:
+    """The small and the large records of a contender, by their size; its models are made too.
 
     All is made beforehand, since nothing should be while others are measured.
     """
     small, large = images
     sizes = small, small + int(contender.share * (large - small))
-    records = [write_records(place.folder, size, shards) for size in sizes]
-    contender.command(place, records[0])
+    records = {size: write_records(place.folder, size, shards) for size in sizes}
+    contender.command(place, records[small])
     return records
 
 
@@ -284,9 +284,9 @@ def measure(
 
     `prefix` comes before its commands.
     """
-    small_size, large_size = images
-    large_size = small_size + int(contender.share * (large_size - small_size))
-    small, large = make(contender, place, images, shards)
+    made = make(contender, place, images, shards)
+    small_size, large_size = min(made), max(made)
+    small = made[small_size]
     if contender.steady:
         told = run([*prefix, *contender.command(place, small)])
         return {
@@ -296,7 +296,7 @@ def measure(
             "images": told["images"],
         }
     told = {}
-    for size, records in ((small_size, small), (large_size, large)):
+    for size, records in made.items():
         shutil.rmtree(place.output, ignore_errors=True)
         told[size] = run([*prefix, *contender.command(place, records)])
         if told[size]["images"] != size:
