@@ -212,6 +212,39 @@ def test_depthwise_convolutions_are_onednns_on_every_cpu():
     assert re.search(r"exec,cpu,convolution,.*,g\d+mb2_", told)
 
 
+def test_threads_share_as_many_arenas_as_there_are_cores():
+    """The C library would give each of them its own, up to eight a core."""
+    code = """
+import ctypes, os, threading
+from models.runtime import CORES
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.fdopen.restype = ctypes.c_void_p, ctypes.c_void_p
+at_once = threading.Barrier(32)
+def take():
+    at_once.wait()
+    assert libc.malloc(1000)
+    at_once.wait()
+threads = [threading.Thread(target=take) for _ in range(32)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+told = os.memfd_create("told")
+stream = ctypes.c_void_p(libc.fdopen(os.dup(told), b"w"))
+libc.malloc_info(0, stream)
+libc.fclose(stream)
+print(os.pread(told, 1 << 20, 0).decode().count("<heap nr="), max(2, CORES))
+"""
+    unlimited = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+    for environment, bounded in (
+        (unlimited, True),
+        ({**unlimited, "MALLOC_ARENA_MAX": "9"}, False),
+    ):
+        told = subprocess.check_output(
+            [sys.executable, "-c", code], text=True, env=environment, cwd=Path(__file__).parents[1]
+        )
+        arenas, most = map(int, told.split())
+        assert (arenas <= most) == bounded
+
+
 def test_keras_is_imported_where_it_is_asked_for_and_only_there():
     code = """
 import sys
