@@ -4,4 +4,6 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 "$root/setup_venv.sh" "$root/requirements/runtime.txt" >&2
+# The caller's folder may hold a models.py or a pipeline/, which must not stand for ours.
+export PYTHONSAFEPATH=1
 exec "$root/.venv/bin/python" -m pipeline.demo --root "$root" "$@"

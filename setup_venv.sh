@@ -33,7 +33,11 @@ if ! cmp -s "$lock" "$have"; then
   "${pip[@]}" --require-hashes --requirement "$lock"
   cp "$lock" "$have"
 fi
-if ! cmp -s "$root/pyproject.toml" "$venv/holds-pyproject.toml"; then
+project() { # with its folder, which the installation names
+  echo "# $root"
+  cat "$root/pyproject.toml"
+}
+if ! project | cmp -s - "$venv/holds-pyproject.toml"; then
   "${pip[@]}" --no-build-isolation --editable "$root"
-  cp "$root/pyproject.toml" "$venv/holds-pyproject.toml"
+  project >"$venv/holds-pyproject.toml"
 fi

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline import extract
 from pipeline import options as flags
+from storage import files
 from storage.errors import RequestError
 
 PHOTOGRAPHS = (
@@ -131,7 +132,9 @@ def _extract_both(options: flags.Options, beam_args: Sequence[str], folder: Path
     from pipeline import job
 
     runs = [
-        dataclasses.replace(options, input=(str(source),), output=f"{options.output}/{source.name}")
+        dataclasses.replace(
+            options, input=(str(source),), output=files.join(options.output, source.name)
+        )
         for source in write_photographs(folder)
     ]
     for run in runs:  # what is wrong with the second is told before the first
