@@ -160,14 +160,14 @@ def _store_error(path: str, error: Exception) -> OSError:
 
 
 def occupied(folder: str) -> bool:
-    """Whether any object lies under `folder` (or at it)."""
+    """Whether any object lies under `folder` (or at it); folders of none are nothing."""
     if is_remote(folder):
         # Limits the listing to one page on a large output.
         return bool(_match(_below(folder), limit=1))
     if not os.path.isdir(folder):
         return os.path.lexists(folder)
-    with os.scandir(folder) as entries:
-        return any(True for _ in entries)
+    # Empty folders, which a killed run leaves, are no objects.
+    return any(path.is_symlink() or not path.is_dir() for path in Path(folder).rglob("*"))
 
 
 def is_file(path: str) -> bool:

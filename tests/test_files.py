@@ -468,7 +468,11 @@ def test_delete_takes_what_is_there_and_minds_nothing_else(tmp_path):
 
 def test_occupied(tmp_path):
     assert not files.occupied(str(tmp_path / "free"))
+    (tmp_path / "empty" / "too").mkdir(parents=True)
     assert not files.occupied(str(tmp_path))
+    (tmp_path / "empty" / "link").symlink_to(tmp_path / "empty" / "too")
+    assert files.occupied(str(tmp_path))
+    (tmp_path / "empty" / "link").unlink()
     tree(tmp_path, ".x")
     assert files.occupied(str(tmp_path))
     assert files.occupied(str(tmp_path / ".x"))
