@@ -35,20 +35,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify; returns the exit code: 0 whole, 1 damaged, 2 nothing is there at all."""
-    output = None
+    there = False
     try:
         request, beam_args = parser().parse_known_args(argv)
         check_beam_flags(beam_args)
         output = files.absolute(request.output)
         if files.is_remote(output):
             files.configure_stores(beam_args)
-            reach.soon(output, lambda: files.occupied(str(output)))
+        there = reach.soon(output, lambda: files.occupied(str(output)))
         from formats.verification import verify  # after the flags: --help needs no library
 
         result = verify(output, lambda line: print(line, file=sys.stderr))
     except (RequestError, OSError) as error:
         sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
-        return 1 if output and files.occupied(output) else 2
+        return 1 if there else 2
     print(json.dumps(result), flush=True)
     return 0 if result["status"] == "ok" else 1
 

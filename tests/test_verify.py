@@ -18,6 +18,7 @@ from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
 from pipeline import verify
+from storage import files
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 8
@@ -386,7 +387,7 @@ def test_a_vector_that_the_run_was_to_write_and_no_file_has(tmp_path, check):
 
 
 @pytest.mark.parametrize(
-    ("files", "code"),
+    ("there", "code"),
     [
         ({}, 2),
         ({"manifest.json": '{"name": "a web app"}'}, 1),
@@ -395,14 +396,27 @@ def test_a_vector_that_the_run_was_to_write_and_no_file_has(tmp_path, check):
         ({"manifest.json": "no JSON", "features/part-a.parquet": "x"}, 1),
     ],
 )
-def test_what_is_no_output_at_all(tmp_path, check, files, code):
-    for name, text in files.items():
+def test_what_is_no_output_at_all(tmp_path, check, there, code):
+    for name, text in there.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     found, summary, problems = check(tmp_path)
     assert found == code
-    assert (summary is None) == (len(files) < 2)
+    assert (summary is None) == (len(there) < 2)
     assert len(problems) == 1
+
+
+def test_a_store_that_does_not_answer_is_asked_once(monkeypatch, capsys):
+    asked = []
+
+    def silent(path):
+        asked.append(path)
+        raise OSError(f"{path}: refused")
+
+    monkeypatch.setattr(files, "occupied", silent)
+    assert verify.main(["gs://bucket/out"]) == 2
+    assert asked == ["gs://bucket/out"]
+    assert "gs://bucket/out: refused" in capsys.readouterr().err
 
 
 def test_a_misspelt_flag_is_a_wrong_request(output, capsys):
