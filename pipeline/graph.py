@@ -90,7 +90,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     failures = (
         (read.failures, decoded.failures, extracted.failures)
         | "AllFailures" >> beam.Flatten()
-        | WriteFailures(*to, plan.metadata, run.compression)
+        | WriteFailures(*to, plan.metadata, run.compression, plan.rows_per_file)
     )
     timings = (read.timings, decoded.timings, extracted.timings) | "AllTimings" >> beam.Flatten()
     _ = (

@@ -83,6 +83,11 @@ def test_files_roll_by_rows(tmp_path, rows_per_file, sizes):
     assert len({part.path for part in parts}) == len(sizes)
 
 
+def test_files_of_failures_roll_by_rows_too(tmp_path):
+    parts = pipe([failure(n) for n in range(5)], WriteFailures(str(tmp_path), "r", {}, "zstd", 2))
+    assert sorted(part.rows for part in parts) == [1, 2, 2]
+
+
 def test_files_roll_by_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(sink, "_ROW_GROUP_BYTES", 700)  # two rows: 300 + 16 each, and their name
     monkeypatch.setattr(sink, "_FILE_BYTES", 1)

@@ -139,7 +139,12 @@ class WriteFailures(beam.PTransform):
     """Failure -> PartFile."""
 
     def __init__(
-        self, output: str, run_id: str, metadata: Mapping[str, str], compression: str = "zstd"
+        self,
+        output: str,
+        run_id: str,
+        metadata: Mapping[str, str],
+        compression: str = "zstd",
+        rows_per_file: int | None = None,
     ):
         super().__init__()
         schema = table.failure_schema(metadata)
@@ -149,7 +154,7 @@ class WriteFailures(beam.PTransform):
             run_id,
             lambda rows: table.failures_table(rows, schema),
             lambda row: 1000,
-            None,
+            rows_per_file,
             compression,
         )
 
