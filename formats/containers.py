@@ -54,7 +54,9 @@ def walk(
         stream = cast(BinaryIO, steady)
         items: Iterator[Record | Found | Damage]
         if format == TFRECORD:
-            items = tfrecord.read_records(stream, info.size)
+            # What stands beside the largest image may be as large again.
+            most = max(tfrecord.MAX_RECORD_BYTES, 2 * max_image_bytes)
+            items = tfrecord.read_records(stream, info.size, max_record_bytes=most)
         elif format == WEBDATASET:
             items = webdataset.read_images(stream, info.size, keys, max_image_bytes)
         elif info.size:

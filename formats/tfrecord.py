@@ -19,7 +19,7 @@ import google_crc32c
 
 from formats.streams import GZIP, ExactStream, InflatedStream, skip
 
-MAX_RECORD_BYTES = 512 << 20  # twice --max_image_bytes: the largest image and what stands beside it
+MAX_RECORD_BYTES = 512 << 20  # twice the default --max_image_bytes: an image and what is beside it
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")

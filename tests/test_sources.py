@@ -17,7 +17,7 @@ import pytest
 import servers
 from beams import pipe
 
-from formats import inputs
+from formats import inputs, tfrecord
 from formats.digests import DigestSet, image_digest, key_digest, place_digest
 from formats.example import ExampleKeys, ExampleTypes, serialize_example
 from formats.inputs import IMAGES, TFRECORD, Source, Unit
@@ -221,6 +221,15 @@ def test_an_image_in_a_record_is_held_to_the_limit(tmp_path):
     assert isinstance(rows[0], ImageRecord)
     assert (rows[1].key, rows[1].error_class, rows[1].bytes) == (f"{path}#1", "TooManyBytes", 50)
     assert rows[1].sha256 == hashlib.sha256(b"y" * 50).hexdigest()
+
+
+def test_a_record_may_be_as_large_as_the_largest_image_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfrecord, "MAX_RECORD_BYTES", 20)
+    path = write(tmp_path / "a", framed(serialize_example({"image/encoded": b"y" * 50})))
+    (row,) = read(path, dataclasses.replace(HOW, max_image_bytes=50))
+    assert isinstance(row, ImageRecord)
+    (row,) = read(path, dataclasses.replace(HOW, max_image_bytes=20))
+    assert row.error_class == "RecordTooLarge"
 
 
 @pytest.mark.parametrize("bound", ["_PARSE_RECORDS", "_PARSE_BYTES"])
