@@ -5,7 +5,7 @@
     python -m pipeline.models inspect models/nasnet_mobile
     python -m pipeline.models prepare models/nasnet_mobile --output models/nasnet_mobile_prepared
 
-Beam's flags for gs:// and s3:// (--s3_endpoint_url, --no_auth, ...) pass through.
+Beam's flags for gs:// and s3:// (--s3_endpoint_url, --no_auth, ...) pass through in the last two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     result = OneLineParser(
         prog="python -m pipeline.models",
         usage="python -m pipeline.models VERB [flags]; VERB --help tells its flags",
-        description="Make and look at models. Beam's flags for gs:// and s3:// pass through.",
+        description="Make and look at models. Beam's flags for gs:// and s3:// pass through in "
+        "inspect and prepare.",
         allow_abbrev=False,
     )
     verbs = result.add_subparsers(dest="verb", metavar="VERB", required=True)

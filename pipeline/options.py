@@ -277,7 +277,8 @@ class Options:
     )
     max_failure_rate: float = knob(
         0.1,
-        "largest share of failed images, 0 to 1; above it exit 3 and nothing is published",
+        "largest share of failed images among those that the run takes on, 0 to 1; above it exit 3 "
+        "and nothing is published; what had failed before and fails again does not count",
         metavar="SHARE",
         type=float,
         why="real sets hold a few bad files; a tenth means that something else is wrong",
@@ -291,7 +292,7 @@ class Options:
     )
     max_image_pixels: int = knob(
         89478485,
-        "largest picture, in pixels; refused from the header",
+        "largest picture, in pixels; refused from the header, as is a side over 1048576",
         metavar="N",
         type=int,
         why="Pillow's own bound: 256 MiB of RGB",

@@ -13,6 +13,36 @@ from storage.errors import RequestError
 REQUIRED = ["--input", "a", "--model", "m", "--output", "o"]
 FIELDS = dataclasses.fields(Options)
 README = (Path(__file__).parents[1] / "README.md").read_text()
+CONTRACT = {
+    "input_format": "auto",
+    "image_key": "image/encoded",
+    "id_key": None,
+    "label_key": "image/class/label",
+    "columns": (),
+    "limit": None,
+    "allow_empty": False,
+    "formats": ("jpeg", "png", "webp", "gif", "bmp"),
+    "model_sha256": None,
+    "outputs": (),
+    "top_k": 0,
+    "class_names": None,
+    "fit": "stretch",
+    "filter": "antialias",
+    "jpeg_scaling": "auto",
+    "precision": "float32",
+    "batch_size": None,
+    "embedding_dtype": "float32",
+    "vector_type": "list",
+    "if_exists": "error",
+    "retry_failures": False,
+    "rows_per_file": None,
+    "compression": "zstd",
+    "max_failure_rate": 0.1,
+    "on_damage": "record",
+    "max_image_pixels": 89478485,
+    "max_image_bytes": 256 << 20,
+    "dry_run": False,
+}
 
 
 @pytest.mark.parametrize("knob", FIELDS, ids=lambda f: f.name)
@@ -42,6 +72,11 @@ def test_no_flag_of_ours_is_one_of_beams():
 
 def test_beams_flags_are_those_of_the_installed_beam():
     assert beam_options.declared_flags() == beam_flags.BEAM_FLAGS
+
+
+def test_the_defaults_that_the_contract_names():
+    chosen, _ = parse(REQUIRED)
+    assert {name: getattr(chosen, name) for name in CONTRACT} == CONTRACT
 
 
 def test_defaults_and_lists():
