@@ -8,6 +8,7 @@ _failed/RUN_ID/          what a run left that had too many failures
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -169,6 +170,16 @@ def read_manifest(output: str) -> dict[str, Any] | None:
     return dict(manifest)
 
 
+def replaceable_manifest(output: str, if_exists: str) -> dict[str, Any] | None:
+    """As `read_manifest`, but None too for one that cannot be used and is to be overwritten."""
+    try:
+        return read_manifest(output)
+    except RequestError:
+        if if_exists != "overwrite":
+            raise
+        return None
+
+
 def check_version(path: str, manifest: Mapping[str, Any]) -> None:
     """Raise RequestError unless this program reads the version of the manifest at `path`."""
     try:
@@ -263,6 +274,25 @@ def _sha256(output: str, path: str, size: int) -> str:
 
 
 # --- resuming ----------------------------------------------------------------------------------
+
+
+def features_schema(output: str, manifest: Mapping[str, Any] | None) -> pa.Schema | None:
+    """The schema that features have in `output`, None where there are none, or none that is whole.
+
+    Those that `manifest` names, or without one those that a killed run has left. Raises OSError.
+    """
+    if manifest:
+        paths = [entry["path"] for entry in manifest["files"]]
+    else:
+        paths = sorted(filter(_is_data, _list_parts(output)))
+    for path in paths:
+        if path.startswith(f"{FEATURES}/"):
+            with (
+                contextlib.suppress(pa.ArrowInvalid, FileNotFoundError),
+                open_part(output, path) as part,
+            ):
+                return part.schema_arrow
+    return None
 
 
 @dataclass(frozen=True)
@@ -669,7 +699,7 @@ def _publish(
     skipped: int,
     timing: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    before = read_manifest(run.output)
+    before = replaceable_manifest(run.output, run.if_exists)
     if before and before["run_id"] == run.run_id:  # a retried commit
         _finish(run, before)
     there = _list_parts(run.output)
@@ -703,19 +733,24 @@ def _publish(
     kept, retried = (
         list(_of_each(run.output, describe, paths)) for paths in (run.kept, run.retried)
     )
-    kept += _still_failed(run, retried, fresh)
+    still = _still_failed(run, retried, fresh)
+    tried_again = sum(part.rows for part in retried) - sum(part.rows for part in still)
+    kept += still
     earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)
     parts = [*earlier, *new]
     there = _list_parts(run.output)
     ours = _written_by(run, there)
     counts = _counts(new)
     this_run = {**counts, "images": counts["images"] + skipped, "skipped": skipped}
-    if counts["failures"] > run.max_failure_rate * counts["images"]:
+    # What had failed before and fails again makes the output no worse.
+    failed = max(0, counts["failures"] - tried_again)
+    if counts["images"] and failed / counts["images"] > run.max_failure_rate:
         return _reject(run, new, this_run, ours - set(listed), timing)
     final = {part.path for part in parts}
     superseded = {*listed, *run.kept, *run.retried, *doomed, *ours} & set(there) | set(run.retired)
     manifest = _manifest(run, "complete", parts, this_run, superseded - final, timing)
-    if _run_id(read_manifest(run.output)) != _run_id(before):  # of a run on a store, just now
+    now = replaceable_manifest(run.output, run.if_exists)
+    if _run_id(now) != _run_id(before):  # of a run on a store, just now
         return _publish(run, written, skipped, timing)
     _write_manifest(run.output, manifest)
     _finish(run, manifest)
@@ -818,7 +853,9 @@ def _reject(
 def read_verdict(output: str, run_id: str) -> dict[str, Any] | None:
     """What became of run `run_id`: as `publish` returned it, None where it never committed."""
     for folder in (output, files.join(output, "_failed", run_id)):
-        manifest = read_manifest(folder)
+        manifest = None
+        with contextlib.suppress(RequestError):  # what cannot be read is no verdict
+            manifest = read_manifest(folder)
         if manifest and manifest["run_id"] == run_id:
             return {"status": manifest["status"], "run": manifest["run"]}
     return None

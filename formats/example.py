@@ -40,7 +40,7 @@ class ExampleTypes:
 def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
     """The types of the label and of the columns as a sample of serialized examples shows them.
 
-    A label that the sample lacks is int64. A column is a scalar where no sampled example holds more
+    A label that the sample lacks is null. A column is a scalar where no sampled example holds more
     than one value, else a list; bytes are string where all are UTF-8, else binary. Where examples
     differ, the wider of int64, float and bytes counts, and `parse_examples` refuses what does not
     convert. What does not parse is passed over. Raises ValueError, one line, for a label that is a
@@ -53,7 +53,7 @@ def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
             if found:
                 values[name].append(found)
 
-    label: pa.DataType = pa.int64()
+    label: pa.DataType = pa.null()
     if keys.label and values[keys.label]:
         label = _scalar_type(values[keys.label])
         if label == pa.float32():

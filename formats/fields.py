@@ -148,18 +148,24 @@ def _kind_name(kind: type) -> str:
     return _DESCRIBED.get(kind, kind.__name__)
 
 
-def unify(found: Sequence[ExampleTypes], columns: Sequence[str]) -> ExampleTypes:
+def unify(
+    found: Sequence[ExampleTypes], columns: Sequence[str], known: ExampleTypes | None = None
+) -> ExampleTypes:
     """The one type of each value that several inputs give. Raises ValueError where there is none.
 
-    A label that no input has is int64, a column without a value string.
+    What no input has a value of has the type that is `known` of it, else a label is int64 and a
+    column string.
     """
-    labels = {types.label for types in found} - {pa.null()}
+    known = known or ExampleTypes(pa.int64(), {})
+    labels = {types.label for types in found} - {pa.null()} or {known.label}
     label = pa.string() if pa.string() in labels else pa.int64()
     unified = {}
     for name in columns:
         kind = pa.null()
         for types in found:
             kind = _wider(name, kind, types.columns.get(name, pa.null()))
+        if pa.types.is_null(kind):
+            kind = known.columns.get(name, kind)
         unified[name] = _no_null(kind)
     return ExampleTypes(label, unified)
 

@@ -394,11 +394,13 @@ def _of_readable(
         raise unreadable
 
 
-def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> ExampleTypes | None:
+def infer_types(
+    sources: Sequence[Source], keys: ExampleKeys, count: int, known: ExampleTypes | None = None
+) -> ExampleTypes | None:
     """The one type of label and of each column that the first `count` records of each source show.
 
-    None where no source can hold either. Raises ValueError, one line, for what cannot be had or
-    differs between sources, and OSError.
+    `known`: what counts where they show none. None where no source can hold either. Raises
+    ValueError, one line, for what cannot be had or differs between sources, and OSError.
     """
     given = [
         _failed_sources(source, keys) if source.format == FAILURES else [source]
@@ -421,7 +423,12 @@ def infer_types(sources: Sequence[Source], keys: ExampleKeys, count: int) -> Exa
             found += [fields.infer_types(images, keys)] if images else []
         elif source.format == MANIFEST:
             found += _manifest_types(infos, source.pattern, keys)
-    return fields.unify(found, keys.columns)
+    return fields.unify(found, keys.columns, known)
+
+
+def any_picture(sources: Iterable[Source]) -> bool:
+    """Whether one of `sources` is of image files, and there are some. Raises OSError."""
+    return any(True for source in sources if source.format == IMAGES for _ in _find(source))
 
 
 def _failed_sources(source: Source, keys: ExampleKeys) -> list[Source]:

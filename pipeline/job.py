@@ -83,7 +83,10 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         return failed(plan.publication.output, error, started)
     finally:
         if plan.finished and waited:  # else the job reads it yet, and its commit removes it
-            files.delete([plan.finished])
+            try:
+                files.delete([plan.finished])
+            except OSError as error:  # the verdict stands all the same; the next run removes it
+                log.warning("%s", failure_line(error))
 
 
 def failed(output: str | None, error: BaseException, started: float) -> dict[str, Any]:
@@ -156,7 +159,8 @@ def counted(result: Any, options: Options) -> tuple[str, dict[str, Any]]:
     counts = {"images": images, "features": values["features"], "failures": failures, "skipped": 0}
     if options.stop_after:
         counts["passed"] = values["passed"]
-    status = TOO_MANY if failures > options.max_failure_rate * images else COUNTED
+    too_many = images and failures / images > options.max_failure_rate
+    status = TOO_MANY if too_many else COUNTED
     return status, {**counts, "failures_by": reasons}
 
 

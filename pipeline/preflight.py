@@ -73,10 +73,13 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     )
     for warning in warnings:
         log.warning("%s", utf8(warning))  # not all that takes logs can take other text
+    there = None  # the schema of rows beside which the run's will stand
+    if options.if_exists == "resume":
+        there = dataset.features_schema(output, before)
     keys = example.ExampleKeys(
-        options.image_key, options.id_key, options.label_key, options.columns
+        options.image_key, options.id_key, options.label_key, _as_in(there, options.columns)
     )
-    types = _types(sources, keys)
+    types = _types(sources, keys, there)
     if writes:
         reach.soon(output, lambda: files.check_writable(output))
 
@@ -137,7 +140,9 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         "image_size": info.image_size,
         "outputs": dict(info.outputs),
     }
-    written = {name: info.outputs[name] for name in options.outputs or info.outputs}
+    written = {
+        name: info.outputs[name] for name in _as_in(there, options.outputs or tuple(info.outputs))
+    }
     vectors = {
         name: {"dtype": options.embedding_dtype, "width": width} for name, width in written.items()
     }
@@ -304,7 +309,14 @@ def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
                 f"--output {output}: something is there already, which a second run would mix "
                 "with; give another folder, --if_exists resume or --if_exists overwrite"
             )
-        return dataset.read_manifest(output)
+        before = dataset.replaceable_manifest(output, if_exists)
+        if before is None and files.is_file(files.join(output, "manifest.json")):
+            log.warning(
+                "%s: its manifest cannot be read and will be replaced; data files that it named "
+                "are not known any more and stay: remove them by hand",
+                output,
+            )
+        return before
     except OSError as error:
         raise RequestError(f"--output: {error}") from None
 
@@ -318,20 +330,35 @@ def _class_names(path: str | None) -> tuple[str, ...]:
         raise RequestError(f"--class_names {path}: cannot be read ({error})") from None
 
 
-def _types(sources: Sequence[inputs.Source], keys: example.ExampleKeys) -> example.ExampleTypes:
+def _as_in(schema: pa.Schema | None, names: Sequence[str]) -> tuple[str, ...]:
+    """`names` in the order that they have in `schema`: all files of an output have one."""
+    known = schema.names if schema else []
+    return tuple(sorted(names, key=lambda name: known.index(name) if name in known else len(known)))
+
+
+def _types(
+    sources: Sequence[inputs.Source], keys: example.ExampleKeys, there: pa.Schema | None
+) -> example.ExampleTypes:
+    known = None
+    if there:
+        columns = {name: there.field(name).type for name in keys.columns if name in there.names}
+        known = example.ExampleTypes(there.field("label").type, columns)
     try:
-        types = inputs.infer_types(sources, keys, _SAMPLE)
+        types = inputs.infer_types(sources, keys, _SAMPLE, known)
+        pictures = types is None and inputs.any_picture(sources)
     except ValueError as error:
         raise RequestError(str(error)) from None
     except OSError as error:
         raise RequestError(f"--input: cannot be read ({error})") from None
-    if types is None and keys.columns:
+    if pictures and keys.columns:
         raise RequestError(
             f"--columns {','.join(keys.columns)}: image files have no features to carry"
         )
-    if types is None and keys.id:
+    if pictures and keys.id:
         log.warning("--id_key %s: image files have no features; keys are their paths", keys.id)
-    return types or example.ExampleTypes(pa.int64(), {})
+    if pictures and keys.label not in (None, example.ExampleKeys().label):
+        log.warning("--label_key %s: image files have no features, and so no label", keys.label)
+    return types or known or example.ExampleTypes(pa.int64(), {})
 
 
 def _check_classes(options: Options, info: ModelInfo, names: Sequence[str]) -> None:

@@ -606,6 +606,9 @@ def test_one_run_commits_at_a_time(tmp_path):
         (0, 1, 0.99, "too_many_failures"),
         (5, 0, 0.0, "complete"),
         (5, 1, 0.0, "too_many_failures"),
+        (71, 29, 0.29, "complete"),  # 0.29 * 100 is less than 29
+        (43, 57, 0.57, "complete"),
+        (0, 0, 0.0, "complete"),
     ],
 )
 def test_the_failure_rate(tmp_path, features, failures, rate, status):

@@ -418,9 +418,9 @@ def test_results_travel_to_workers():
         ([[1], [b"cat"]], pa.string()),
         ([[b"1"]], pa.string()),
         ([[WRONG_UTF8]], pa.string()),
-        ([[], None], pa.int64()),
+        ([[], None], pa.null()),
         ([[], [b"cat"]], pa.string()),
-        ([], pa.int64()),
+        ([], pa.null()),
     ],
 )
 def test_the_type_of_the_label(labels, expected):
@@ -432,14 +432,14 @@ def test_a_float_label_is_refused_in_one_line():
     with pytest.raises(ValueError, match=f"{LABEL}' is a float.*--columns {LABEL}") as error:
         infer_types([example({LABEL: [0.5]})], KEYS)
     assert "\n" not in str(error.value)
-    assert infer_types([example({LABEL: [0.5]})], ExampleKeys(label=None)).label == pa.int64()
+    assert infer_types([example({LABEL: [0.5]})], ExampleKeys(label=None)).label == pa.null()
 
 
 def test_a_label_of_several_values_is_a_wrong_request():
     examples = [example({LABEL: [1]}), example({LABEL: [1, 2, 3]})]
     with pytest.raises(ValueError, match=f"has up to 3 values.*--columns {LABEL}"):
         infer_types(examples, KEYS)
-    assert infer_types(examples, ExampleKeys(label=None)).label == pa.int64()
+    assert infer_types(examples, ExampleKeys(label=None)).label == pa.null()
 
 
 @pytest.mark.parametrize(

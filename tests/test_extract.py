@@ -122,6 +122,7 @@ def test_the_schema_and_metadata_of_a_features_file(tmp_path, job):
         "logits": vector,
     }
     metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert metadata["model_handle"] == exports.exported("saved_model", "classification")
     assert metadata["model_fingerprint"] == ran.manifest["model"]["fingerprint"]
     assert json.loads(metadata["preprocessing"]) == ran.manifest["preprocessing"]
     assert json.loads(metadata["vectors"])["embedding"] == {"dtype": "float32", "width": WIDTH}
@@ -637,6 +638,53 @@ def test_overwrite_leaves_only_the_new(tmp_path, job):
     assert_true_manifest(ran)
 
 
+def test_overwrite_replaces_a_manifest_that_cannot_be_read(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(2))
+    old = job(folder)
+    (data,) = (old.output / "features").iterdir()
+    (old.output / "manifest.json").write_text("{")
+    ran = job(folder, if_exists="overwrite")
+    assert (ran.code, ran.line["features"]) == (0, 2)
+    assert "its manifest cannot be read and will be replaced" in ran.stderr
+    assert data.exists()  # nobody knows whose it is
+    assert verify.main([str(ran.output)]) == 0
+
+
+def test_empty_folders_are_no_output(tmp_path, job):
+    (tmp_path / "out" / "features").mkdir(parents=True)
+    ran = job(write_pictures(tmp_path / "in", different(1)))
+    assert (ran.code, ran.line["features"]) == (0, 1)
+
+
+def test_a_resumed_run_keeps_the_order_of_the_columns(tmp_path, job):
+    records = [
+        {"image/encoded": data, "a": [n], "b": [b"x"]}
+        for n, data in enumerate(different(4).values())
+    ]
+    flags = {"outputs": "logits,embedding", "columns": "b,a"}
+    first = job(write_tfrecord(tmp_path / "r-00000-of-00002", records[:2]), **flags)
+    assert first.table("features").schema.names[-4:] == ["logits", "embedding", "b", "a"]
+    write_tfrecord(tmp_path / "r-00001-of-00002", records[2:])
+    flags = {"outputs": "embedding,logits", "columns": "a,b", "if_exists": "resume"}
+    ran = job(tmp_path / "r-*", **flags)
+    assert (ran.line["features"], ran.line["skipped"]) == (2, 2)
+    assert [row["a"] for row in ran.rows("features").values()] == [0, 1, 2, 3]
+    assert verify.main([str(ran.output)]) == 0
+
+
+def test_what_fails_again_is_no_new_failure(tmp_path, job):
+    bad = {f"bad{i}.jpg": b"%d nothing" % i for i in range(4)}
+    folder = write_pictures(tmp_path / "in", {**different(5), **bad})
+    job(folder, max_failure_rate=0.5)
+    write_pictures(folder, {"bad0.jpg": jpeg(60, 60)})
+    ran = job(folder, if_exists="resume", retry_failures=True, max_failure_rate=0.5)
+    assert (ran.code, ran.line["features"], ran.line["failures"]) == (0, 1, 3)
+    assert ran.manifest["counts"] == {"images": 9, "features": 6, "failures": 3}
+    write_pictures(folder, {f"new{i}.jpg": b"%d nothing" % i for i in range(2)})
+    ran = job(folder, if_exists="resume", retry_failures=True, max_failure_rate=0.3)
+    assert (ran.code, ran.line["failures"]) == (3, 5)
+
+
 def test_resume_adds_what_is_new_and_keeps_failures(tmp_path, job):
     folder = write_pictures(tmp_path / "in", {**different(3), "bad.jpg": b"nothing"})
     first = job(folder, if_exists="resume", max_failure_rate=1)
@@ -857,6 +905,15 @@ def test_logits_of_a_feature_vector_module_are_refused_by_name(tmp_path, job):
     assert "has only embedding" in ran.stderr
 
 
+def test_class_names_are_as_many_as_logits(tmp_path, job):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(map(str, range(CLASSES - 1))))
+    folder = write_pictures(tmp_path / "in", different(1))
+    ran = job(folder, top_k=1, class_names=names)
+    assert (ran.code, ran.line) == (2, None)
+    assert f"{CLASSES - 1} lines for {CLASSES} classes" in ran.stderr
+
+
 def test_an_empty_input_can_be_allowed(tmp_path, job):
     (tmp_path / "in").mkdir()
     assert job(tmp_path / "in").code == 2
@@ -865,10 +922,42 @@ def test_an_empty_input_can_be_allowed(tmp_path, job):
     assert_true_manifest(ran)
 
 
-def test_an_id_key_of_image_files_is_told_to_do_nothing(tmp_path, job):
-    ran = job(write_pictures(tmp_path / "in", different(1)), id_key="id", dry_run=True)
+@pytest.mark.parametrize("input_format", ["auto", "tfrecord"])
+def test_an_empty_day_asks_nothing_of_columns_and_labels(tmp_path, job, input_format):
+    flags = {"columns": "note", "label_key": "name", "allow_empty": True, "if_exists": "resume"}
+    flags["input_format"] = input_format
+    (tmp_path / "none").mkdir()
+    ran = job(tmp_path / "none", **flags)
+    assert (ran.code, ran.line["images"]) == (0, 0), ran.stderr
+    record = {"image/encoded": jpeg(), "name": b"cat", "note": [0.5]}
+    path = write_tfrecord(tmp_path / "a.tfrecord", [record])
+    full = job(path, **flags)
+    assert (full.code, full.line["features"]) == (0, 1), full.stderr
+    ran = job(tmp_path / "none", **flags)
+    assert (ran.code, ran.line["images"]) == (0, 0), ran.stderr
+    assert ran.manifest["counts"] == full.manifest["counts"]
+    write_tfrecord(path, [record, {"image/encoded": jpeg(50, 50), "note": [1.5]}])
+    ran = job(path, **flags | {"columns": "note"})
+    (cat, unnamed) = ran.rows("features").values()
+    assert (cat["label"], cat["note"], unnamed["label"], unnamed["note"]) == ("cat", 0.5, None, 1.5)
+
+
+def test_labels_that_no_new_record_has_stay_what_they_were(tmp_path, job):
+    flags = {"label_key": "name", "if_exists": "resume"}
+    job(write_tfrecord(tmp_path / "a", [{"image/encoded": jpeg(), "name": b"cat"}]), **flags)
+    ran = job(write_tfrecord(tmp_path / "b", [{"image/encoded": jpeg(50, 50)}]), **flags)
+    assert [row["label"] for row in ran.rows("features").values()] == ["cat", None]
+    ran = job(write_pictures(tmp_path / "in", {"c.jpg": jpeg(60, 60)}), **flags)
+    assert [row["label"] for row in ran.rows("features").values()] == ["cat", None, None]
+    assert verify.main([str(ran.output)]) == 0
+
+
+def test_keys_of_image_files_are_told_to_do_nothing(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    ran = job(folder, id_key="id", label_key="name", dry_run=True)
     assert ran.code == 0
     assert "--id_key id: image files have no features" in ran.stderr
+    assert "--label_key name: image files have no features" in ran.stderr
 
 
 def test_a_dry_run_leaves_no_trace(tmp_path, job):
