@@ -64,7 +64,8 @@ _TFDS_SHARD = re.compile(r"-(?P<split>[^-.]+)\.[^-]*-(?P<index>\d{5})-of-(?P<tot
 
 # What a run makes of itself in its output; whatever else lies there may be input.
 _OWN = re.compile(
-    r"_SUCCESS|_run-[^/]*|(_failed/[^/]+/)?(manifest\.json|(features|failures)/part-[^/]*\.parquet)"
+    r"_SUCCESS|_run-[^/]*"
+    r"|(_failed/[^/]+/)?(manifest\.json|report\.html|(features|failures)/part-[^/]*\.parquet)"
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline import models, options, plan, verify
+from pipeline import models, options, plan, report, verify
 
 README = Path(__file__).parents[1] / "README.md"
 SCALE = README.with_name("docs") / "SCALE.md"
@@ -23,6 +23,7 @@ def parts() -> dict[str, str]:
         "extract_help": _block(options.parser().format_help()),
         "models_help": _block(models.parser().format_help()),
         "verify_help": _block(verify.parser().format_help()),
+        "report_help": _block(report.parser().format_help()),
         "plan_help": _block(plan.parser().format_help()),
         "scale": plan.scale_table(),
     }

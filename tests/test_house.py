@@ -166,6 +166,7 @@ def test_every_room_and_file_is_in_the_architecture():
         "pipeline.extract",
         "pipeline.models",
         "pipeline.plan",
+        "pipeline.report",
         "pipeline.verify",
         "models.catalog",
         "models.handles",
@@ -191,8 +192,10 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
     quiet = {"capture_output": True, "check": True, "text": True}
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, str(archive)], cwd=tmp_path, **quiet)
-    for command in ("pipeline.extract", "pipeline.models", "pipeline.plan", "pipeline.verify"):
-        told = subprocess.run([python, "-m", command, "--help"], cwd=tmp_path, **quiet)
+    for command in ("extract", "models", "plan", "report", "verify"):
+        told = subprocess.run(
+            [python, "-m", f"pipeline.{command}", "--help"], cwd=tmp_path, **quiet
+        )
         assert "usage:" in told.stdout
     metadata = next(library.glob("image_features-*.dist-info")) / "METADATA"
     asked = re.findall(r"^Requires-Dist: .*", metadata.read_text(), re.M)

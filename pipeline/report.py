@@ -1,0 +1,84 @@
+"""Write a page about an output, to look at it.
+
+    python -m pipeline.report out/features
+
+Beam's flags for gs:// and s3:// (--s3_endpoint_url, --no_auth, ...) pass through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from pipeline.options import OneLineParser, check_beam_flags
+from storage import files, reach
+from storage.errors import RequestError
+from storage.secrets import hide
+
+NAME = "report.html"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = OneLineParser(
+        prog="python -m pipeline.report",
+        usage="python -m pipeline.report OUT [flags]",
+        description=f"Write OUT/{NAME}, one page that needs nothing else: counts, reasons of "
+        "failures with examples, where the time went, sizes and labels of pictures, vectors and a "
+        "map of them, the most alike pairs, options. The last line of stdout is JSON. Exit 0 "
+        "written, 1 damaged, 2 nothing there. Beam's flags for gs:// and s3:// pass through.",
+        allow_abbrev=False,
+    )
+    result.add_argument("output", metavar="OUT", help="what a run wrote to: local, gs:// or s3://")
+    result.add_argument(
+        "--rows",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="about so many rows, spread over the files, stand for all (default 2000)",
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page; returns the exit code: 0, 1 where the output is damaged, 2 for a request."""
+    try:
+        request, beam_args = parser().parse_known_args(argv)
+        check_beam_flags(beam_args)
+        if not 1 <= request.rows <= 10_000:
+            raise RequestError(f"--rows {request.rows}: from 1 to 10000, which are held in memory")
+        output = files.absolute(request.output)
+        if files.is_remote(output):
+            files.configure_stores(beam_args)
+            reach.check(output)
+        import pyarrow as pa  # after the flags: --help needs no library
+
+        from formats import dataset
+        from formats.overview import look
+        from formats.page import page
+
+        manifest = dataset.read_manifest(output)
+        if manifest is None:
+            raise RequestError(
+                f"{output}: no output of this program, it has no manifest.json; give the --output "
+                "of a run that was published, or the folder under _failed of one that was not"
+            )
+        try:
+            text = page(output, look(output, manifest, request.rows))
+        except (pa.ArrowException, OSError) as error:
+            told = hide(" ".join(str(error).split()))
+            sys.stderr.write(f"error: {told}; python -m pipeline.verify tells of all damage\n")
+            return 1
+        path = files.join(output, NAME)
+        files.write_bytes(path, text.encode())
+    except (RequestError, OSError) as error:
+        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
+        return 2
+    print(json.dumps({"report": path, "bytes": len(text.encode())}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What is told of an output's rows: the sample, places, pairs, examples."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from formats import dataset, overview, table
+from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish, read_manifest
+from formats.overview import look, most_alike, principal_places
+from formats.records import Failure, Features, ImageRef
+from formats.table import TableSpec
+
+
+def rows(count, start=0, width=8, make=None):
+    rng = np.random.default_rng(start)
+    return [
+        Features(
+            ImageRef(f"/in/{n}", f"/in/{n}", None, n % 3, {}),
+            hashlib.sha256(b"%d" % n).hexdigest(),
+            40,
+            20,
+            {"embedding": rng.normal(size=width).astype(np.float32) if make is None else make(n)},
+        )
+        for n in range(start, start + count)
+    ]
+
+
+def write(output, *files, failures=(), groups=1, **changes):
+    """A published output of one file for each list of features."""
+    spec = TableSpec({"embedding": 8}, metadata={"run_id": "r1"}, **changes)
+    parts = []
+    for at, features in enumerate(files):
+        writer = PartWriter(str(output), FEATURES, f"part-r1-{at}", spec.schema(), "zstd")
+        for some in np.array_split(np.arange(len(features)), groups):
+            chosen = [features[n] for n in some]
+            writer.write(table.features_table(chosen, spec, spec.schema()))
+        parts.append(writer.close())
+    if failures:
+        batch = table.failures_table(failures, table.failure_schema({}))
+        writer = PartWriter(str(output), FAILURES, "part-r1-f", batch.schema, "zstd")
+        writer.write(batch)
+        parts.append(writer.close())
+    run = Publication(str(output), "r1", "error", None, 1.0, "zstd", {"model": {}})
+    publish(run, parts, 0, dict)
+    return str(output), read_manifest(str(output))
+
+
+def failure(n, error_class="CorruptImage"):
+    return Failure(f"/in/x{n}", f"/in/x{n}", None, "decode", error_class, f"why {n}")
+
+
+@pytest.mark.parametrize("most", [1, 7, 50, 90, 1000])
+@pytest.mark.parametrize("kind", ["list", "fixed_size_list"])
+def test_a_sample_is_spread_over_files_and_row_groups(tmp_path, most, kind):
+    output, manifest = write(tmp_path, rows(60), rows(30, start=100), groups=6, vector_type=kind)
+    found = look(output, manifest, most)
+    keys = found.rows["key"].to_pylist()
+    assert len(set(keys)) == len(keys) <= min(most, 90)
+    assert len(keys) >= min(most, 90) * 0.6
+    assert "embedding" not in found.rows.column_names
+    assert found.vectors["embedding"].width == 8
+    assert len(found.places) == len(keys)
+    if most >= 7:
+        assert {key >= "/in/1" and len(key) == 7 for key in keys} == {True, False}  # both files
+
+
+def test_few_files_are_opened_for_a_sample_of_many(tmp_path, monkeypatch):
+    output, manifest = write(tmp_path, *(rows(4, start=10 * n) for n in range(12)))
+    monkeypatch.setattr(overview, "_FILES", 3)
+    opened = []
+    open_part = dataset.open_part
+    monkeypatch.setattr(
+        dataset, "open_part", lambda out, path: opened.append(path) or open_part(out, path)
+    )
+    assert look(output, manifest, 6).rows.num_rows == 6
+    assert len(opened) == 3
+    assert opened == [manifest["files"][at]["path"] for at in (2, 6, 10)]
+
+
+def test_vectors_are_described(tmp_path):
+    base = np.arange(8, dtype=np.float32)
+    output, manifest = write(tmp_path, rows(4, make=lambda n: base * np.float32([1] * 7 + [n])))
+    found = look(output, manifest, 99).vectors["embedding"]
+    arrays = np.stack([base * np.float32([1] * 7 + [n]) for n in range(4)])
+    np.testing.assert_allclose(found.norms, np.linalg.norm(arrays, axis=1), rtol=1e-6)
+    np.testing.assert_allclose([found.mean, found.deviation], [arrays.mean(), arrays.std()])
+    assert found.still == 7
+    assert found.classes == [(7, 3), (6, 1)]
+
+
+def test_nothing_but_failures(tmp_path):
+    many = [failure(n) for n in range(9)] + [failure(n, "EmptyImage") for n in range(20, 22)]
+    output, manifest = write(tmp_path, failures=many)
+    found = look(output, manifest, 10)
+    assert (found.rows.num_rows, found.vectors, found.alike) == (0, {}, [])
+    assert found.examples == {
+        "decode/CorruptImage": [(f"/in/x{n}", f"why {n}") for n in range(3)],
+        "decode/EmptyImage": [("/in/x20", "why 20"), ("/in/x21", "why 21")],
+    }
+
+
+# ---------------------------------------------------------------- places
+
+
+def test_places_are_the_principal_components_whatever_the_shape():
+    rng = np.random.default_rng(0)
+    for count, width in ((50, 5), (5, 50)):
+        array = rng.normal(size=(count, width)) * np.geomspace(9, 0.1, width)
+        places, shown = principal_places(array.astype(np.float32))
+        left, values, _ = np.linalg.svd(array - array.mean(axis=0), full_matrices=False)
+        expected = left[:, :2] * values[:2]
+        np.testing.assert_allclose(np.abs(places), np.abs(expected), atol=1e-4)
+        assert shown == pytest.approx((values[:2] ** 2).sum() / (values**2).sum(), rel=1e-4)
+        again, _ = principal_places(array[::-1].astype(np.float32))
+        np.testing.assert_allclose(again[::-1], places, atol=1e-4)  # signs too
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_places_of_few_or_equal_rows(count):
+    places, shown = principal_places(np.ones((count, 4), np.float32))
+    assert (places.shape, shown) == ((count, 2), 0.0)
+    assert not places.any()
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_the_most_alike_are_other_pictures_and_each_stands_once():
+    array = np.float32([[1, 0], [1, 0], [1, 0.1], [0, 1], [0.2, 1], [-1, 0], [0, 0]])
+    digests = ["a", "a", "b", "c", "d", "e", "f"]
+    found = most_alike(array, list("ABCDEFG"), digests, 2)
+    assert [(one, other) for _, one, other in found] == [("A", "C"), ("D", "E")]
+    assert found[0][0] == pytest.approx(1 / np.sqrt(1.01))
+    everyone = [key for _, *pair in most_alike(array, list("ABCDEFG"), digests) for key in pair]
+    assert len(everyone) == len(set(everyone))
+    assert most_alike(array[:2], ["A", "B"], ["a", "a"]) == []
