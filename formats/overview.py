@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from formats import dataset
 from formats.dataset import FAILURES, FEATURES
 
 VECTORS = ("embedding", "logits")
-_FILES = 32  # that a sample comes from, at most
+_SHOWN = ("key", "sha256", "width", "height", "label", "top_classes", "top_labels")
+_RUNS = 32  # of rows that follow each other, in a sample: so many row groups are read, or twice
+_FILES = 32  # of failures, in which examples are looked for
 _EXAMPLES = 3  # of each reason
-_LOOKED_AT = 100_000  # failures among which they are looked for
 _PAIRS = 10
 
 
@@ -26,8 +27,7 @@ class Vectors:
     """One output's vectors in the sample.
 
     `norms`: float64 [N], Euclidean. `mean` and `deviation` of all values. `still`: how many
-    dimensions have one and the same value in all rows. `classes`: rows by the place of their
-    largest value, most first.
+    dimensions have one and the same value in all rows.
     """
 
     width: int
@@ -35,22 +35,23 @@ class Vectors:
     mean: float
     deviation: float
     still: int
-    classes: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Overview:
     """What a report tells of an output.
 
-    `rows`: the sample without its vectors. `vectors` by name. `places`: float64 [N, 2], the rows'
-    first two principal components by `placed_by`, which show the share `shown` of its variance.
-    `alike`: cosine and two keys of the most similar rows of other bytes. `examples`: key and
-    message of some failures by "stage/error_class".
+    `rows`: the sample without its vectors. `vectors` by name. `classes`: each row's highest class,
+    with its name where that is known; empty where classes are not. `places`: float64 [N, 2], the
+    rows' first two principal components by `placed_by`, which show the share `shown` of its
+    variance. `alike`: cosine and two keys of the most similar rows of other bytes. `examples`: key
+    and message of some failures by "stage/error_class".
     """
 
     manifest: Mapping[str, Any]
     rows: pa.Table
     vectors: Mapping[str, Vectors]
+    classes: Sequence[str]
     placed_by: str
     places: np.ndarray
     shown: float
@@ -59,12 +60,14 @@ class Overview:
 
 
 def look(output: str, manifest: Mapping[str, Any], most: int) -> Overview:
-    """The overview of `output` by about `most` of its rows, spread over its files.
+    """The overview of `output` by about `most` of its rows, evenly spread over all of them.
 
     Raises OSError and pa.ArrowException for a file that is not as it was written.
     """
-    paths = [entry["path"] for entry in manifest["files"]]
-    sample = _sample(output, [path for path in paths if path.startswith(f"{FEATURES}/")], most)
+    entries: dict[str, list[Mapping[str, Any]]] = {FEATURES: [], FAILURES: []}
+    for entry in manifest["files"]:
+        entries[entry["path"].partition("/")[0]].append(entry)
+    sample = _sample(output, entries[FEATURES], most)
     arrays = {name: _stacked(sample[name]) for name in VECTORS if name in sample.column_names}
     rows = sample.drop_columns(list(arrays))
     placed_by = next(iter(arrays), "")
@@ -74,29 +77,54 @@ def look(output: str, manifest: Mapping[str, Any], most: int) -> Overview:
         manifest,
         rows,
         {name: _described(array) for name, array in arrays.items()},
+        _classes(rows, arrays.get("logits")),
         placed_by,
         places,
         shown,
         most_alike(vectors, *(rows[name].to_pylist() for name in ("key", "sha256"))),
-        _examples(output, [path for path in paths if path.startswith(f"{FAILURES}/")]),
+        _examples(output, [entry["path"] for entry in entries[FAILURES]], manifest["failures_by"]),
     )
 
 
-def _sample(output: str, paths: Sequence[str], most: int) -> pa.Table:
-    """About `most` rows of `paths`, evenly of some files, and of some row groups of each."""
-    chosen = [paths[at] for at in _evenly(len(paths), _FILES)]
-    found = []
-    for path in chosen:
-        with dataset.open_part(output, path) as part:
-            left = max(1, most // len(chosen))
-            rows = max(1, part.metadata.num_rows // max(1, part.num_row_groups))
-            for group in _evenly(part.num_row_groups, max(1, left // rows)):
-                table = part.read_row_group(group, use_threads=False)
-                found.append(table.take(_evenly(table.num_rows, left)))
-    if not found:
-        return pa.table({"key": pa.array([], pa.string()), "sha256": pa.array([], pa.string())})
-    table = pa.concat_tables(found)
-    return table.take(_evenly(table.num_rows, most))
+def _sample(output: str, entries: Sequence[Mapping[str, Any]], most: int) -> pa.Table:
+    """About `most` rows of the files of `entries`, in runs that are evenly spread over all rows."""
+    ends = np.cumsum([entry["rows"] for entry in entries])
+    found: list[pa.Table] = []
+    for entry, end in zip(entries, ends.tolist(), strict=True):
+        start = end - entry["rows"]
+        wanted = [
+            np.arange(max(first, start), min(last, end)) - start
+            for first, last in _runs(int(ends[-1]), most)
+            if first < end and last > start
+        ]
+        if wanted:
+            found += _rows(output, entry["path"], np.concatenate(wanted))
+    return pa.concat_tables(found) if found else pa.table({name: [] for name in _SHOWN})
+
+
+def _runs(total: int, most: int) -> list[tuple[int, int]]:
+    """Where runs of rows begin and end: of `total`, in as many parts, the middle of each."""
+    parts = min(_RUNS, total, most)
+    runs = []
+    for part in range(parts):
+        start, end = total * part // parts, total * (part + 1) // parts
+        rows = min(end - start, math.ceil(most / parts))
+        first = start + (end - start - rows) // 2
+        runs.append((first, first + rows))
+    return runs
+
+
+def _rows(output: str, path: str, wanted: np.ndarray) -> Iterator[pa.Table]:
+    """The rows `wanted` (sorted) of one file, what the report shows of them."""
+    start = 0
+    with dataset.open_part(output, path) as part:
+        shown = [name for name in part.schema_arrow.names if name in (*_SHOWN, *VECTORS)]
+        for group in range(part.num_row_groups):
+            end = start + part.metadata.row_group(group).num_rows
+            here = wanted[(wanted >= start) & (wanted < end)] - start
+            if len(here):
+                yield part.read_row_group(group, shown, use_threads=False).take(here)
+            start = end
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -112,30 +140,41 @@ def _stacked(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _described(array: np.ndarray) -> Vectors:
-    classes = Counter(array.argmax(axis=1).tolist())
     return Vectors(
         array.shape[1],
         np.linalg.norm(array.astype(np.float64), axis=1),
         float(array.mean(dtype=np.float64)),
         float(array.std(dtype=np.float64)),
         int((array == array[0]).all(axis=0).sum()) if len(array) > 1 else 0,
-        classes.most_common(),
     )
+
+
+def _classes(rows: pa.Table, logits: np.ndarray | None) -> list[str]:
+    highest: list[int] = []
+    if "top_classes" in rows.column_names:
+        highest = [classes[0] for classes in rows["top_classes"].to_pylist()]
+    elif logits is not None:
+        highest = logits.argmax(axis=1).tolist()
+    if "top_labels" not in rows.column_names:
+        return [str(number) for number in highest]
+    names = (labels[0] for labels in rows["top_labels"].to_pylist())
+    return [f"{name} ({number})" for name, number in zip(names, highest, strict=True)]
 
 
 def principal_places(array: np.ndarray) -> tuple[np.ndarray, float]:
     """The first two principal components of the rows of `array`, float64 [N, 2].
 
-    And their share of the variance, 0 where there is none. By the eigenvectors of the Gram matrix
-    of centred rows, whose signs are chosen so that the largest entry is positive.
+    And their share of the variance, 0 where there is none. By the eigenvectors of the covariance
+    or, of few rows, of the Gram matrix of centred rows. The entry furthest from 0 is positive.
     """
     places = np.zeros((len(array), 2))
     if len(array) < 2:
         return places, 0.0
     centred = array.astype(np.float64) - array.mean(axis=0, dtype=np.float64)
-    values, vectors = np.linalg.eigh(centred @ centred.T)
-    values = np.maximum(values, 0)
-    top = vectors[:, ::-1][:, :2] * np.sqrt(values[::-1][:2])
+    few = len(array) <= array.shape[1]
+    values, vectors = np.linalg.eigh(centred @ centred.T if few else centred.T @ centred)
+    values, vectors = np.maximum(values, 0), vectors[:, ::-1][:, :2]
+    top = vectors * np.sqrt(values[::-1][:2]) if few else centred @ vectors
     largest = np.take_along_axis(top, np.abs(top).argmax(axis=0)[None], axis=0)
     places[:, : top.shape[1]] = top * np.where(largest < 0, -1, 1)
     whole = values.sum()
@@ -165,19 +204,21 @@ def most_alike(
     return found
 
 
-def _examples(output: str, paths: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def _examples(
+    output: str, paths: Sequence[str], reasons: Mapping[str, int]
+) -> dict[str, list[tuple[str, str]]]:
+    """Some failures of each of `reasons`, as far as a few of the files hold them."""
     found: dict[str, list[tuple[str, str]]] = {}
-    looked_at = 0
-    for path in paths:
-        with dataset.open_part(output, path) as part:
-            looked_at += _gather(part, found)
-        if looked_at >= _LOOKED_AT:
+    for at in _evenly(len(paths), _FILES):
+        if all(len(found.get(name, ())) == min(n, _EXAMPLES) for name, n in reasons.items()):
             break
+        with dataset.open_part(output, paths[at]) as part:
+            _gather(part, found)
     return found
 
 
-def _gather(part: pq.ParquetFile, found: dict[str, list[tuple[str, str]]]) -> int:
-    """Add examples of a file of failures to `found`; its rows."""
+def _gather(part: pq.ParquetFile, found: dict[str, list[tuple[str, str]]]) -> None:
+    """Add examples of a file of failures to `found`."""
     names = ["stage", "error_class", "key", "message"]
     for batch in part.iter_batches(columns=names, use_threads=False):
         columns = (batch.column(name).to_pylist() for name in names)
@@ -185,4 +226,3 @@ def _gather(part: pq.ParquetFile, found: dict[str, list[tuple[str, str]]]) -> in
             kept = found.setdefault(f"{stage}/{error_class}", [])
             if len(kept) < _EXAMPLES:
                 kept.append((key, message))
-    return int(part.metadata.num_rows)

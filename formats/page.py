@@ -50,7 +50,8 @@ def page(output: str, overview: Overview) -> str:
         _failures(overview),
         _time(manifest["timing"]) if manifest.get("timing", {}).get("images") else "",
         _pictures(overview),
-        *(_vectors(name, found, overview) for name, found in overview.vectors.items()),
+        *(_vectors(name, found) for name, found in overview.vectors.items()),
+        _classes(overview),
         _map(overview),
         _alike(overview),
         _made_by(manifest),
@@ -143,37 +144,27 @@ def _pictures(overview: Overview) -> str:
     if labels:
         figures.append(_figure("labels", _most(labels)))
     missing = rows.num_rows - len(labels)
-    told = f"of {rows.num_rows:,} rows, spread over the files" + (
+    told = f"of {rows.num_rows:,} rows, evenly spread over all" + (
         f"; {missing:,} of them have no label" if labels and missing else ""
     )
     return f"<h2>Pictures</h2><p class='muted'>{told}</p><div class='side'>{''.join(figures)}</div>"
 
 
-def _vectors(name: str, found: Vectors, overview: Overview) -> str:
+def _vectors(name: str, found: Vectors) -> str:
     still = (
         f"; <b>{found.still:,} of its dimensions are the same in all rows</b>"
         if found.still
         else ""
     )
-    figures = [_figure("length of the vector", _histogram(found.norms))]
-    if name == "logits":
-        top = [place for place, count in found.classes for _ in range(count)]
-        names = _class_names(overview)
-        figures.append(_figure("largest logit", _most([names.get(at, at) for at in top])))
     return (
         f"<h2>{escape(name.capitalize())}</h2><p class='muted'>width {found.width:,}; values "
         f"{found.mean:.4g} on average, standard deviation {found.deviation:.4g}{still}</p>"
-        f"<div class='side'>{''.join(figures)}</div>"
+        + _figure("length of the vector", _histogram(found.norms))
     )
 
 
-def _class_names(overview: Overview) -> dict[int, str]:
-    """Names of classes, as far as the sample's top classes tell them."""
-    rows = overview.rows
-    if not {"top_classes", "top_labels"} <= set(rows.column_names):
-        return {}
-    pairs = zip(rows["top_classes"].to_pylist(), rows["top_labels"].to_pylist(), strict=True)
-    return {at: text for found in pairs for at, text in zip(*found, strict=True)}
+def _classes(overview: Overview) -> str:
+    return f"<h2>Highest class</h2>{_most(overview.classes)}" if overview.classes else ""
 
 
 def _map(overview: Overview) -> str:
@@ -225,7 +216,7 @@ def _made_by(manifest: Mapping[str, Any]) -> str:
         [f"{part}.{escape(str(name))}", escape(_text(value))]
         for part in ("model", "preprocessing", "options", "versions")
         for name, value in (manifest.get(part) or {}).items()
-        if value not in (None, [], False)
+        if not (value is None or value is False or value == [])
     ]
     summary = "<summary>model, pixels, options, versions</summary>"
     return f"<h2>Made by</h2><details>{summary}{_table([], rows)}</details>"

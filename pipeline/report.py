@@ -18,6 +18,7 @@ from storage.errors import RequestError
 from storage.secrets import hide
 
 NAME = "report.html"
+MOST = 5000  # rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,15 +45,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit code: 0, 1 where the output is damaged, 2 for a request."""
+    there = False
     try:
         request, beam_args = parser().parse_known_args(argv)
         check_beam_flags(beam_args)
-        if not 1 <= request.rows <= 10_000:
-            raise RequestError(f"--rows {request.rows}: from 1 to 10000, which are held in memory")
+        if not 1 <= request.rows <= MOST:
+            raise RequestError(f"--rows {request.rows}: from 1 to {MOST}, compared with each other")
         output = files.absolute(request.output)
         if files.is_remote(output):
             files.configure_stores(beam_args)
-            reach.check(output)
+        there = reach.soon(output, lambda: files.occupied(output))
         import pyarrow as pa  # after the flags: --help needs no library
 
         from formats import dataset
@@ -67,16 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         try:
             text = page(output, look(output, manifest, request.rows))
-        except (pa.ArrowException, OSError) as error:
-            told = hide(" ".join(str(error).split()))
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            told = hide(" ".join(f"{type(error).__name__}: {error}".split()))
             sys.stderr.write(f"error: {told}; python -m pipeline.verify tells of all damage\n")
             return 1
         path = files.join(output, NAME)
-        files.write_bytes(path, text.encode())
+        data = text.encode("utf-8", "backslashreplace")  # of a path that is no UTF-8
+        files.write_bytes(path, data)
     except (RequestError, OSError) as error:
         sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
-        return 2
-    print(json.dumps({"report": path, "bytes": len(text.encode())}), flush=True)
+        return 1 if there else 2
+    print(json.dumps({"report": path, "bytes": len(data)}), flush=True)
     return 0
 
 

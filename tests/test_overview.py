@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from formats import dataset, overview, table
+from formats import table
 from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish, read_manifest
 from formats.overview import look, most_alike, principal_places
 from formats.records import Failure, Features, ImageRef
@@ -30,7 +32,7 @@ def rows(count, start=0, width=8, make=None):
 
 def write(output, *files, failures=(), groups=1, **changes):
     """A published output of one file for each list of features."""
-    spec = TableSpec({"embedding": 8}, metadata={"run_id": "r1"}, **changes)
+    spec = TableSpec(**{"widths": {"embedding": 8}, "metadata": {"run_id": "r1"}, **changes})
     parts = []
     for at, features in enumerate(files):
         writer = PartWriter(str(output), FEATURES, f"part-r1-{at}", spec.schema(), "zstd")
@@ -58,26 +60,48 @@ def test_a_sample_is_spread_over_files_and_row_groups(tmp_path, most, kind):
     output, manifest = write(tmp_path, rows(60), rows(30, start=100), groups=6, vector_type=kind)
     found = look(output, manifest, most)
     keys = found.rows["key"].to_pylist()
-    assert len(set(keys)) == len(keys) <= min(most, 90)
-    assert len(keys) >= min(most, 90) * 0.6
-    assert "embedding" not in found.rows.column_names
+    assert len(set(keys)) == len(keys) == len(found.places)
+    assert min(most, 90) <= len(keys) <= 1.3 * most
     assert found.vectors["embedding"].width == 8
-    assert len(found.places) == len(keys)
+    numbers = [int(key.removeprefix("/in/")) for key in keys]
+    assert numbers == sorted(numbers)
     if most >= 7:
-        assert {key >= "/in/1" and len(key) == 7 for key in keys} == {True, False}  # both files
+        assert sum(number >= 100 for number in numbers) == pytest.approx(len(numbers) / 3, abs=1)
+    if most >= 90:
+        assert numbers == [*range(60), *range(100, 130)]
 
 
-def test_few_files_are_opened_for_a_sample_of_many(tmp_path, monkeypatch):
-    output, manifest = write(tmp_path, *(rows(4, start=10 * n) for n in range(12)))
-    monkeypatch.setattr(overview, "_FILES", 3)
-    opened = []
-    open_part = dataset.open_part
-    monkeypatch.setattr(
-        dataset, "open_part", lambda out, path: opened.append(path) or open_part(out, path)
-    )
-    assert look(output, manifest, 6).rows.num_rows == 6
-    assert len(opened) == 3
-    assert opened == [manifest["files"][at]["path"] for at in (2, 6, 10)]
+def test_large_files_count_by_their_rows(tmp_path):
+    small = [rows(1, start=1000 + n) for n in range(20)]
+    output, manifest = write(tmp_path, *small[:10], rows(300), *small[10:], groups=1)
+    keys = look(output, manifest, 50).rows["key"].to_pylist()
+    assert 40 <= sum(key < "/in/1000" or len(key) < 8 for key in keys) <= 60
+    assert len(keys) <= 64
+
+
+def test_what_is_not_shown_is_not_read(tmp_path):
+    carried = rows(3)
+    for row in carried:
+        row.ref.columns["heavy"] = b"x"
+    output, manifest = write(tmp_path, carried, columns={"heavy": pa.binary()})
+    assert look(output, manifest, 9).rows.column_names == [
+        "key", "sha256", "width", "height", "label"
+    ]  # fmt: skip
+
+
+def test_classes_are_told_apart_by_number_and_name(tmp_path):
+    logits = np.eye(4, dtype=np.float32)
+    made = [
+        dataclasses.replace(row, vectors={"logits": logits[n]}) for n, row in enumerate(rows(3))
+    ]
+    names = ("crane", "crane", "heron", "stork")
+    for folder, top, expected in (
+        ("a", {}, ["0", "1", "2"]),
+        ("b", {"top_k": 2}, ["0", "1", "2"]),
+        ("c", {"top_k": 1, "class_names": names}, ["crane (0)", "crane (1)", "heron (2)"]),
+    ):
+        output, manifest = write(tmp_path / folder, made, widths={"logits": 4}, **top)
+        assert look(output, manifest, 9).classes == expected
 
 
 def test_vectors_are_described(tmp_path):
@@ -88,7 +112,6 @@ def test_vectors_are_described(tmp_path):
     np.testing.assert_allclose(found.norms, np.linalg.norm(arrays, axis=1), rtol=1e-6)
     np.testing.assert_allclose([found.mean, found.deviation], [arrays.mean(), arrays.std()])
     assert found.still == 7
-    assert found.classes == [(7, 3), (6, 1)]
 
 
 def test_nothing_but_failures(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_a_page_of_a_true_run(tmp_path, job, write):
         "9 images", "8 features", "1 failures", "11.11% failed",
         "decode/UnsupportedFormat", "a<b>&c.tfrecord#8", "looks like html",
         "Where the time went", "the model ran", "Pictures", "megapixels", "cat", "dog",
-        "Embedding", "width 48", "Logits", "width 11", "largest logit", "Map", "Most alike",
+        "Embedding", "width 48", "Logits", "width 11", "Highest class", "Map", "Most alike",
         ran.manifest["model"]["fingerprint"], "tensorflow",
     ):  # fmt: skip
         assert told in re.sub(r"\s+", " ", shown.text), told
@@ -126,6 +127,32 @@ def test_a_damaged_output_is_told_of(tmp_path, job, write):
     assert (code, line) == (1, None)
     assert len(err.splitlines()) == 1
     assert "pipeline.verify tells of all damage" in err
+
+
+@pytest.mark.parametrize("text", ["{", '{"format_version": 1}'])
+def test_a_damaged_manifest_is_told_of(tmp_path, write, text):
+    (tmp_path / "manifest.json").write_text(text)
+    code, line, err, _ = write(tmp_path)
+    assert (code, line, len(err.splitlines())) == (1, None, 1)
+    assert "not a manifest" in err
+
+
+def test_a_manifest_without_what_the_page_shows(tmp_path, job, write):
+    ran = job(write_pictures(tmp_path / "in", {"a.jpg": jpeg()}))
+    manifest = ran.manifest
+    del manifest["failures_by"]
+    (ran.output / "manifest.json").write_text(json.dumps(manifest))
+    code, line, err, _ = write(ran.output)
+    assert (code, line, len(err.splitlines())) == (1, None, 1)
+    assert "KeyError: 'failures_by'" in err
+
+
+def test_a_path_that_is_no_utf8(tmp_path, job, write):
+    name = os.fsdecode(b"out\xff")
+    ran = job(write_pictures(tmp_path / "in", {"a.jpg": jpeg()}), output=tmp_path / name)
+    code, _, _, shown = write(ran.output)
+    assert code == 0
+    assert r"out\udcff" in shown.text
 
 
 @pytest.mark.parametrize(
