@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from models.networks import (
     variable_shapes,
 )
 from models.runtime import meta_graph_pb2, saved_model_pb2, tf
+from storage import files
 
 MODULE_FORMAT_V3 = 3  # ModuleDef.Format of tensorflow_hub/module_def.proto
 
@@ -123,8 +125,8 @@ def _beside(path: str) -> Iterator[str]:
 @contextmanager
 def _appearing(directory: str) -> Iterator[str]:
     """A new folder to fill, which becomes `directory` once the block ends well."""
-    if os.path.isdir(directory) and not os.listdir(directory):
-        os.rmdir(directory)
+    if os.path.isdir(directory) and not files.occupied(directory):
+        shutil.rmtree(directory)
     if os.path.lexists(directory):
         raise FileExistsError(f"{directory} exists and is not an empty directory")
     with _beside(directory) as scratch:

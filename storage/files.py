@@ -166,8 +166,14 @@ def occupied(folder: str) -> bool:
         return bool(_match(_below(folder), limit=1))
     if not os.path.isdir(folder):
         return os.path.lexists(folder)
-    # Empty folders, which a killed run leaves, are no objects.
-    return any(path.is_symlink() or not path.is_dir() for path in Path(folder).rglob("*"))
+    for below, folders, names in os.walk(folder, onerror=_fail):
+        if names or any(os.path.islink(os.path.join(below, name)) for name in folders):
+            return True
+    return False  # empty folders, which a killed run leaves, are no objects
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def is_file(path: str) -> bool:
