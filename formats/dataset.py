@@ -279,19 +279,17 @@ def _sha256(output: str, path: str, size: int) -> str:
 def features_schema(output: str, manifest: Mapping[str, Any] | None) -> pa.Schema | None:
     """The schema that features have in `output`, None where there are none, or none that is whole.
 
-    Those that `manifest` names, or without one those that a killed run has left. Raises OSError.
+    Of those that `manifest` names, else of those that a killed run has left. Raises OSError.
     """
-    if manifest:
-        paths = [entry["path"] for entry in manifest["files"]]
-    else:
-        paths = sorted(filter(_is_data, _list_parts(output)))
-    for path in paths:
-        if path.startswith(f"{FEATURES}/"):
-            with (
-                contextlib.suppress(pa.ArrowInvalid, FileNotFoundError),
-                open_part(output, path) as part,
-            ):
-                return part.schema_arrow
+    named = [entry["path"] for entry in manifest["files"]] if manifest else []
+    for path in [*named, *sorted(filter(_is_data, _list_parts(output)))]:
+        if not path.startswith(f"{FEATURES}/"):
+            continue
+        with contextlib.suppress(pa.ArrowInvalid, FileNotFoundError):
+            with open_part(output, path) as part:
+                schema = part.schema_arrow
+            if ROW_META.encode() in (schema.metadata or {}):  # else another program's
+                return schema
     return None
 
 
@@ -425,6 +423,8 @@ def _look(
             for batch in _column_batches(part, ["source"]):
                 sources.update(batch.column(0).unique().to_pylist())
             return _Look(sources=sources)
+        if path.startswith(FAILURES):  # they have no such values
+            rows = {name: v for name, v in rows.items() if name not in ("label", "columns")}
         other = _other_rows(part.schema_arrow.metadata or {}, rows)
         if other:
             return _Look(other)
@@ -499,14 +499,16 @@ def _short(value: Any) -> str:
 
 def _still_failed(
     run: Publication, failures: Sequence[PartFile], fresh: Sequence[PartFile]
-) -> list[PartFile]:
+) -> tuple[list[PartFile], set[bytes]]:
     """`failures` of earlier runs without those that this run, which wrote `fresh`, has tried again.
 
     That is what has its key or place in `fresh`, and whatever was told of a source that was read
     whole again; but not an image that lost its id to another, as long as that one need not be read.
+    With them the digests of the keys that were tried again.
     """
+    tried_again: set[bytes] = set()
     if not failures:
-        return []
+        return [], tried_again
     keys = DigestSet.of(b"".join(part.keys for part in fresh))
 
     def places_of(part: PartFile) -> bytes:
@@ -523,19 +525,21 @@ def _still_failed(
         with open_part(run.output, part.path, part.bytes) as reader:
             for batch in _column_batches(reader, names):
                 rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-                dropped.update(
-                    row
-                    for row, (key, source, index, error_class) in enumerate(rows, start)
-                    if key_digest(key) in keys
-                    or place_digest(source, index) in places
-                    or (error_class != _DUPLICATE and key_digest(source) in reread)
-                )
+                for row, (key, source, index, error_class) in enumerate(rows, start):
+                    digest = key_digest(key)
+                    if (
+                        digest in keys
+                        or place_digest(source, index) in places
+                        or (error_class != _DUPLICATE and key_digest(source) in reread)
+                    ):
+                        dropped.add(row)
+                        tried_again.add(digest)
                 start += batch.num_rows
         if dropped:
             name = f"part-{run.run_id}-retried-{number}"
             part = _without(run.output, part, dropped, name, run.compression)
         left.append(part)
-    return [part for part in left if part.rows]
+    return [part for part in left if part.rows], tried_again
 
 
 def settle(
@@ -733,8 +737,7 @@ def _publish(
     kept, retried = (
         list(_of_each(run.output, describe, paths)) for paths in (run.kept, run.retried)
     )
-    still = _still_failed(run, retried, fresh)
-    tried_again = sum(part.rows for part in retried) - sum(part.rows for part in still)
+    still, tried_again = _still_failed(run, retried, fresh)
     kept += still
     earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)
     parts = [*earlier, *new]
@@ -743,8 +746,9 @@ def _publish(
     counts = _counts(new)
     this_run = {**counts, "images": counts["images"] + skipped, "skipped": skipped}
     # What had failed before and fails again makes the output no worse.
-    failed = max(0, counts["failures"] - tried_again)
-    if counts["images"] and failed / counts["images"] > run.max_failure_rate:
+    again = len(standing(tried_again, [part.keys for part in new if part.kind == FAILURES]))
+    failed, taken_on = counts["failures"] - again, counts["images"] - again
+    if taken_on and failed / taken_on > run.max_failure_rate:
         return _reject(run, new, this_run, ours - set(listed), timing)
     final = {part.path for part in parts}
     superseded = {*listed, *run.kept, *run.retried, *doomed, *ours} & set(there) | set(run.retired)

@@ -164,9 +164,8 @@ def unify(
         kind = pa.null()
         for types in found:
             kind = _wider(name, kind, types.columns.get(name, pa.null()))
-        if pa.types.is_null(kind):
-            kind = known.columns.get(name, kind)
-        unified[name] = _no_null(kind)
+        seen = _no_null(kind)
+        unified[name] = seen if seen == kind else known.columns.get(name, seen)
     return ExampleTypes(label, unified)
 
 

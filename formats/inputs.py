@@ -428,8 +428,17 @@ def infer_types(
 
 
 def any_picture(sources: Iterable[Source]) -> bool:
-    """Whether one of `sources` is of image files, and there are some. Raises OSError."""
-    return any(True for source in sources if source.format == IMAGES for _ in _find(source))
+    """Whether one of `sources` is of image files, or of their failures, and there are some.
+
+    Raises OSError.
+    """
+    return any(
+        replay.count_failures(source.pattern) > 0
+        if source.format == FAILURES
+        else any(True for _ in _find(source))
+        for source in sources
+        if source.format in (IMAGES, FAILURES)
+    )
 
 
 def _failed_sources(source: Source, keys: ExampleKeys) -> list[Source]:

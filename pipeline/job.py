@@ -74,10 +74,11 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             return submitted(plan.publication.output, run_id, started)
         if verdict is None:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
-        if verdict["status"] != COMPLETE:
-            _tell_of_failures(plan.publication, verdict["run"])
-        elif not options.quiet:
-            _advise(plan.publication.output)
+        with contextlib.suppress(OSError):  # of a store that is gone: the verdict stands
+            if verdict["status"] != COMPLETE:
+                _tell_of_failures(plan.publication, verdict["run"])
+            elif not options.quiet:
+                _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
         return failed(plan.publication.output, error, started)

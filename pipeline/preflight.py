@@ -313,7 +313,7 @@ def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
         if before is None and files.is_file(files.join(output, "manifest.json")):
             log.warning(
                 "%s: its manifest cannot be read and will be replaced; data files that it named "
-                "are not known any more and stay: remove them by hand",
+                "are not known any more and stay until a resumed run or a person removes them",
                 output,
             )
         return before
@@ -336,16 +336,25 @@ def _as_in(schema: pa.Schema | None, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: known.index(name) if name in known else len(known)))
 
 
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """A column's type as `infer_types` gives it: Parquet names the elements of a list anew."""
+    return pa.list_(kind.value_type) if pa.types.is_list(kind) else kind
+
+
 def _types(
     sources: Sequence[inputs.Source], keys: example.ExampleKeys, there: pa.Schema | None
 ) -> example.ExampleTypes:
     known = None
     if there:
-        columns = {name: there.field(name).type for name in keys.columns if name in there.names}
+        columns = {
+            name: _plain(there.field(name).type) for name in keys.columns if name in there.names
+        }
         known = example.ExampleTypes(there.field("label").type, columns)
+    labelled = keys.label not in (None, example.ExampleKeys().label)
+    asked = bool(keys.columns or keys.id or labelled)
     try:
         types = inputs.infer_types(sources, keys, _SAMPLE, known)
-        pictures = types is None and inputs.any_picture(sources)
+        pictures = types is None and asked and inputs.any_picture(sources)
     except ValueError as error:
         raise RequestError(str(error)) from None
     except OSError as error:
@@ -356,7 +365,7 @@ def _types(
         )
     if pictures and keys.id:
         log.warning("--id_key %s: image files have no features; keys are their paths", keys.id)
-    if pictures and keys.label not in (None, example.ExampleKeys().label):
+    if pictures and labelled:
         log.warning("--label_key %s: image files have no features, and so no label", keys.label)
     return types or known or example.ExampleTypes(pa.int64(), {})
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import exports
 import numpy as np
@@ -23,6 +24,7 @@ from reference_weights import images
 from formats.example import serialize_example
 from formats.image import Preprocessing, decode_image
 from formats.tfrecord import write_record
+from pipeline import job as job_module
 from pipeline import preflight, verify
 from storage import files
 
@@ -680,9 +682,12 @@ def test_what_fails_again_is_no_new_failure(tmp_path, job):
     ran = job(folder, if_exists="resume", retry_failures=True, max_failure_rate=0.5)
     assert (ran.code, ran.line["features"], ran.line["failures"]) == (0, 1, 3)
     assert ran.manifest["counts"] == {"images": 9, "features": 6, "failures": 3}
+    write_pictures(folder, {f"bad{i}.jpg": jpeg(60 + i, 60) for i in (1, 2)})
     write_pictures(folder, {f"new{i}.jpg": b"%d nothing" % i for i in range(2)})
-    ran = job(folder, if_exists="resume", retry_failures=True, max_failure_rate=0.3)
-    assert (ran.code, ran.line["failures"]) == (3, 5)
+    flags = {"if_exists": "resume", "retry_failures": True}
+    ran = job(folder, max_failure_rate=0.4, **flags)  # what is mended forgives nothing
+    assert (ran.code, ran.line["features"], ran.line["failures"]) == (3, 2, 3)
+    assert job(folder, max_failure_rate=0.5, **flags).code == 0
 
 
 def test_resume_adds_what_is_new_and_keeps_failures(tmp_path, job):
@@ -924,20 +929,20 @@ def test_an_empty_input_can_be_allowed(tmp_path, job):
 
 @pytest.mark.parametrize("input_format", ["auto", "tfrecord"])
 def test_an_empty_day_asks_nothing_of_columns_and_labels(tmp_path, job, input_format):
-    flags = {"columns": "note", "label_key": "name", "allow_empty": True, "if_exists": "resume"}
-    flags["input_format"] = input_format
+    flags = {"label_key": "name", "allow_empty": True, "if_exists": "resume"}
+    flags |= {"columns": "note,tags", "input_format": input_format}
     (tmp_path / "none").mkdir()
     ran = job(tmp_path / "none", **flags)
     assert (ran.code, ran.line["images"]) == (0, 0), ran.stderr
-    record = {"image/encoded": jpeg(), "name": b"cat", "note": [0.5]}
+    record = {"image/encoded": jpeg(), "name": b"cat", "note": [0.5], "tags": [1, 2]}
     path = write_tfrecord(tmp_path / "a.tfrecord", [record])
     full = job(path, **flags)
     assert (full.code, full.line["features"]) == (0, 1), full.stderr
     ran = job(tmp_path / "none", **flags)
     assert (ran.code, ran.line["images"]) == (0, 0), ran.stderr
     assert ran.manifest["counts"] == full.manifest["counts"]
-    write_tfrecord(path, [record, {"image/encoded": jpeg(50, 50), "note": [1.5]}])
-    ran = job(path, **flags | {"columns": "note"})
+    write_tfrecord(path, [record, {"image/encoded": jpeg(50, 50), "note": [1.5], "tags": [3]}])
+    ran = job(path, **flags)
     (cat, unnamed) = ran.rows("features").values()
     assert (cat["label"], cat["note"], unnamed["label"], unnamed["note"]) == ("cat", 0.5, None, 1.5)
 
@@ -950,6 +955,29 @@ def test_labels_that_no_new_record_has_stay_what_they_were(tmp_path, job):
     ran = job(write_pictures(tmp_path / "in", {"c.jpg": jpeg(60, 60)}), **flags)
     assert [row["label"] for row in ran.rows("features").values()] == ["cat", None, None]
     assert verify.main([str(ran.output)]) == 0
+
+
+def test_failures_of_image_files_have_no_columns(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", {**different(1), "bad.jpg": b"bad"})
+    ran = job(folder, max_failure_rate=1)
+    flags = {"input_format": "failures", "columns": "note", "output": tmp_path / "again"}
+    again = job(ran.output, **flags)
+    assert (again.code, again.line) == (2, None)
+    assert "--columns note: image files have no features to carry" in again.stderr
+
+
+def test_a_store_that_is_gone_after_the_verdict_hides_nothing(tmp_path, job, monkeypatch):
+    def gone(*args):
+        raise OSError("refused")
+
+    folder = write_pictures(tmp_path / "in", different(2))
+    job(folder)
+    monkeypatch.setattr(job_module, "files", SimpleNamespace(**{**vars(files), "delete": gone}))
+    monkeypatch.setattr(job_module, "_advise", gone)
+    write_pictures(folder, {"new.jpg": jpeg(50, 50)})
+    ran = job(folder, if_exists="resume")
+    assert (ran.code, ran.line["status"], ran.line["features"]) == (0, "complete", 1)
+    assert "OSError: refused" in ran.stderr
 
 
 def test_keys_of_image_files_are_told_to_do_nothing(tmp_path, job):
