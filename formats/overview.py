@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from formats import dataset
 from formats.dataset import FAILURES, FEATURES
 
-VECTORS = ("embedding", "logits")
+_VECTORS = ("embedding", "logits")
 _SHOWN = ("key", "sha256", "width", "height", "label", "top_classes", "top_labels")
 _RUNS = 32  # of rows that follow each other, in a sample: so many row groups are read, or twice
 _FILES = 32  # of failures, in which examples are looked for
@@ -68,7 +68,7 @@ def look(output: str, manifest: Mapping[str, Any], most: int) -> Overview:
     for entry in manifest["files"]:
         entries[entry["path"].partition("/")[0]].append(entry)
     sample = _sample(output, entries[FEATURES], most)
-    arrays = {name: _stacked(sample[name]) for name in VECTORS if name in sample.column_names}
+    arrays = {name: _stacked(sample[name]) for name in _VECTORS if name in sample.column_names}
     rows = sample.drop_columns(list(arrays))
     placed_by = next(iter(arrays), "")
     vectors = arrays[placed_by] if arrays else np.zeros((0, 1), np.float32)
@@ -88,37 +88,35 @@ def look(output: str, manifest: Mapping[str, Any], most: int) -> Overview:
 
 def _sample(output: str, entries: Sequence[Mapping[str, Any]], most: int) -> pa.Table:
     """About `most` rows of the files of `entries`, in runs that are evenly spread over all rows."""
-    ends = np.cumsum([entry["rows"] for entry in entries])
+    chosen = np.array(_chosen(sum(entry["rows"] for entry in entries), most), int)
     found: list[pa.Table] = []
-    for entry, end in zip(entries, ends.tolist(), strict=True):
-        start = end - entry["rows"]
-        wanted = [
-            np.arange(max(first, start), min(last, end)) - start
-            for first, last in _runs(int(ends[-1]), most)
-            if first < end and last > start
-        ]
-        if wanted:
-            found += _rows(output, entry["path"], np.concatenate(wanted))
+    start = 0
+    for entry in entries:
+        end = start + entry["rows"]
+        wanted = chosen[(chosen >= start) & (chosen < end)] - start
+        if len(wanted):
+            found += _rows(output, entry["path"], wanted)
+        start = end
     return pa.concat_tables(found) if found else pa.table({name: [] for name in _SHOWN})
 
 
-def _runs(total: int, most: int) -> list[tuple[int, int]]:
-    """Where runs of rows begin and end: of `total`, in as many parts, the middle of each."""
+def _chosen(total: int, most: int) -> list[int]:
+    """About `most` of `total` rows, sorted: the middle of each of some equal parts."""
     parts = min(_RUNS, total, most)
-    runs = []
+    chosen: list[int] = []
     for part in range(parts):
         start, end = total * part // parts, total * (part + 1) // parts
         rows = min(end - start, math.ceil(most / parts))
         first = start + (end - start - rows) // 2
-        runs.append((first, first + rows))
-    return runs
+        chosen += range(first, first + rows)
+    return chosen
 
 
 def _rows(output: str, path: str, wanted: np.ndarray) -> Iterator[pa.Table]:
     """The rows `wanted` (sorted) of one file, what the report shows of them."""
     start = 0
     with dataset.open_part(output, path) as part:
-        shown = [name for name in part.schema_arrow.names if name in (*_SHOWN, *VECTORS)]
+        shown = [name for name in part.schema_arrow.names if name in (*_SHOWN, *_VECTORS)]
         for group in range(part.num_row_groups):
             end = start + part.metadata.row_group(group).num_rows
             here = wanted[(wanted >= start) & (wanted < end)] - start

@@ -29,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
         description=f"Write OUT/{NAME}, one page that needs nothing else: counts, reasons of "
         "failures with examples, where the time went, sizes and labels of pictures, vectors and a "
         "map of them, the most alike pairs, options. The last line of stdout is JSON. Exit 0 "
-        "written, 1 damaged, 2 nothing there. Beam's flags for gs:// and s3:// pass through.",
+        "written, 1 damaged, 2 nothing there or no place to write to. Beam's flags for gs:// and "
+        "s3:// pass through.",
         allow_abbrev=False,
     )
     result.add_argument("output", metavar="OUT", help="what a run wrote to: local, gs:// or s3://")
@@ -44,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page; returns the exit code: 0, 1 where the output is damaged, 2 for a request."""
+    """Write the page; returns the exit code.
+
+    0, 1 where the output is damaged or is none, 2 where nothing is there, it cannot be written to,
+    or a flag is wrong.
+    """
     there = False
     try:
         request, beam_args = parser().parse_known_args(argv)
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             told = hide(" ".join(f"{type(error).__name__}: {error}".split()))
             sys.stderr.write(f"error: {told}; python -m pipeline.verify tells of all damage\n")
             return 1
+        there = False  # what lies there is whole: an error from here on is of the place
         path = files.join(output, NAME)
         data = text.encode("utf-8", "backslashreplace")  # of a path that is no UTF-8
         files.write_bytes(path, data)

@@ -34,9 +34,9 @@ def hide(*modules: str) -> list[str]:
 def uncollected() -> Iterator[None]:
     """Import inside of this without looking for garbage, which took a sixth of the time.
 
-    What is there at the end is never looked at again. Nor are the sources' lines, which TensorFlow
-    has read for traces of its registrations: 9 MiB. Does so once a process, and not where nothing
-    is collected anyway.
+    What is there at the end is never looked at again, and the lines of sources that TensorFlow has
+    read for traces of its registrations, 9 MiB, are dropped. Does so once a process, and not where
+    nothing is collected anyway.
     """
     if not gc.isenabled() or _uncollected:
         yield

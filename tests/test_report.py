@@ -15,6 +15,7 @@ from test_extract import write_pictures, write_tfrecord
 
 from formats import page
 from pipeline import report, verify
+from storage import files
 
 
 class Page(html.parser.HTMLParser):
@@ -145,6 +146,17 @@ def test_a_manifest_without_what_the_page_shows(tmp_path, job, write):
     code, line, err, _ = write(ran.output)
     assert (code, line, len(err.splitlines())) == (1, None, 1)
     assert "KeyError: 'failures_by'" in err
+
+
+def test_a_place_that_cannot_be_written_to_is_a_wrong_request(tmp_path, job, write, monkeypatch):
+    def refuse(path, data):
+        raise PermissionError(f"{path}: read-only")
+
+    ran = job(write_pictures(tmp_path / "in", {"a.jpg": jpeg()}))
+    monkeypatch.setattr(files, "write_bytes", refuse)
+    code, line, err, _ = write(ran.output)
+    assert (code, line) == (2, None)
+    assert "report.html: read-only" in err
 
 
 def test_a_path_that_is_no_utf8(tmp_path, job, write):
