@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.processes import note
-from benchmarks.throughput import CONTENDERS, Place, Runs, make, measure
+from benchmarks.throughput import CONTENDERS, Place, make, measure
 
 PART = "duel"
 SHARDS = 4
@@ -41,7 +41,7 @@ def duel(
         return list(both.map(one, names, cores))
 
 
-def table(runs: Runs) -> str:
+def table(runs: results.Runs) -> str:
     """Every pair that has run."""
     rows = ["| CPU time of / that of | ratio | CPU ms an image | duels |", "|---|---|---|---|"]
     for name, found in runs.items():

@@ -130,7 +130,7 @@ def _line(
     }
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+def table(runs: results.Runs) -> str:
     """Every line that has run."""
     rows = [
         "| network, arithmetic, batch x lanes | images/s | largest error / largest value "

@@ -24,7 +24,6 @@ from benchmarks.processes import note, run
 from benchmarks.throughput import Place, ours
 
 PART = "growth"
-Runs = dict[str, list[dict[str, Any]]]
 
 
 def inputs(
@@ -44,25 +43,31 @@ def inputs(
     }
 
 
-def table(runs: Runs) -> str:
+def costs(runs: results.Runs) -> results.Runs:
+    """Images/s and CPU ms an image of each run but the base's, whose start-up is taken off."""
+    base = runs.get("base", [])
+    off = {figure: results.median(base, figure) for figure in ("images", "seconds", "cpu")}
+
+    def cost(one: dict[str, Any]) -> dict[str, Any]:
+        images, seconds, cpu = (one[figure] - less for figure, less in off.items())
+        rates = {"images_per_second": images / seconds, "cpu_ms": 1000 * cpu / images}
+        return {**rates, "of": one["of"]}
+
+    rest = {name: found for name, found in runs.items() if name != "base"}
+    return {name: [cost(one) for one in found] for name, found in rest.items()} if base else {}
+
+
+def table(runs: results.Runs) -> str:
     """What was measured, in Markdown."""
     rows = [
         "| | images | images/s, start-up taken off | CPU ms an image | peak MiB |",
         "|---|---|---|---|---|",
     ]
-    base = runs.get("base", [])
-    for name, found in runs.items():
-        if name == "base" or not base:
-            continue
-        fewer = {figure: results.median(base, figure) for figure in ("images", "seconds", "cpu")}
-        more = [{figure: one[figure] - fewer[figure] for figure in fewer} for one in found]
-        rates = [
-            {"rate": m["images"] / m["seconds"], "cpu_ms": 1000 * m["cpu"] / m["images"]}
-            for m in more
-        ]
+    for name, cost in costs(runs).items():
+        found = runs[name]
         rows.append(
             f"| {name.replace('_', ' ')} | {found[-1]['images']} "
-            f"| {results.spread(rates, 'rate')} | {results.spread(rates, 'cpu_ms', 2)} "
+            f"| {results.spread(cost, 'images_per_second')} | {results.spread(cost, 'cpu_ms', 2)} "
             f"| {results.spread(found, 'peak_mib')} |"
         )
     every = [one for found in runs.values() for one in found]

@@ -46,7 +46,7 @@ def measure(data: list[bytes], side: int) -> dict[str, Any]:
     }
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+def table(runs: results.Runs) -> str:
     """What was measured, in Markdown."""
     rows = [
         "| target | off, ms | auto, ms | times faster | mean levels (worst picture) | most |",

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -58,7 +57,7 @@ def vectors(model: str, precision: str, file: str) -> None:
     np.savez(file, **{name: np.concatenate([one[name] for one in found]) for name in found[0]})  # type: ignore[arg-type]
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+def table(runs: results.Runs) -> str:
     """What was measured, in Markdown."""
     rows = [
         "| network, vector | least cosine | mean cosine | largest error / largest value "

@@ -23,6 +23,7 @@ NEAR = 3600  # seconds between two runs that are held against each other
 ROOT = Path(__file__).parents[1]
 DATA = Path("docs/performance.json")
 PAGE = Path("docs/PERFORMANCE.md")
+Runs = dict[str, list[dict[str, Any]]]  # by name, in the order in which they were taken
 _PACKAGES = ("tensorflow", "apache-beam", "pillow", "numpy", "openvino", "torch", "timm")
 
 
@@ -84,25 +85,31 @@ def show(folder: Path, part: str, text: str, page: Path = PAGE) -> None:
     path.write_text(place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", path.read_text()))
 
 
-def show_each(
-    folder: Path, part: str, make: Callable[[dict[str, list[dict[str, Any]]]], str], place: str = ""
-) -> None:
+def show_each(folder: Path, part: str, make: Callable[[Runs], str], place: str = "") -> None:
     """Show what `make` tells of the runs of `part`, for each machine by itself."""
     show(folder, place or part, each(folder, part, make))
 
 
-def each(folder: Path, part: str, make: Callable[[dict[str, list[dict[str, Any]]]], str]) -> str:
-    """What `make` tells of the runs of `part`, a paragraph for each machine."""
-    runs = read(folder).get(part, {})
-    machines = sorted({one["of"]["machine"] for found in runs.values() for one in found})
-    texts = []
-    for machine in machines:
-        own = {
-            name: [one for one in found if one["of"]["machine"] == machine]
-            for name, found in runs.items()
-        }
-        head = f"On {machine}:\n\n" if len(machines) > 1 else ""
-        texts.append(head + make({name: found for name, found in own.items() if found}))
+def each(folder: Path, part: str, make: Callable[[Runs], str]) -> str:
+    """What `make` tells of the runs of `part`, a paragraph for each machine that has any."""
+    return by_machine(folder, lambda parts: make(parts[part]), only=part)
+
+
+def by_machine(
+    folder: Path, make: Callable[[dict[str, Runs]], str], only: str | None = None
+) -> str:
+    """What `make` tells of all parts, or of one, a paragraph for each machine that has runs."""
+    data = {part: runs for part, runs in read(folder).items() if only in (None, part)}
+    of: dict[str, dict[str, Runs]] = {}
+    for part, runs in data.items():
+        for name, found in runs.items():
+            for one in found:
+                own = of.setdefault(one["of"]["machine"], {})
+                own.setdefault(part, {}).setdefault(name, []).append(one)
+    texts = [
+        (f"On {machine}:\n\n" if len(of) > 1 else "") + make(parts)
+        for machine, parts in sorted(of.items())
+    ]
     return "\n\n".join(texts)
 
 
@@ -136,6 +143,19 @@ def paired(
         pairs = [min(((one, other) for one in mine), key=apart) for other in others]
     near = [pair for pair in pairs if apart(pair) <= NEAR]
     return median([{"ratio": one[figure] / other[figure]} for one, other in near], "ratio")
+
+
+def worst(
+    mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], figure: str
+) -> float | None:
+    """The largest of mine / other, of all pairs within an hour."""
+    near = [
+        one[figure] / other[figure]
+        for one in mine
+        for other in others
+        if abs(at(one) - at(other)) <= NEAR
+    ]
+    return max(near, default=None)
 
 
 def spread(runs: Iterable[dict[str, Any]], figure: str, digits: int = 0) -> str:

@@ -36,7 +36,12 @@ load(LoadSpec({prepared!r}))(np.zeros([8, {side}, {side}, 3], np.uint8))
 TOLD = "\nprint('{{}}')"
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+def beyond(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each run, the seconds from TensorFlow's import to the first row."""
+    return [{"seconds": one["first row"] - one["import tensorflow"]} for one in found]
+
+
+def table(runs: results.Runs) -> str:
     """What was measured, in Markdown."""
     names = ("import tensorflow", "hub.load, a first call", "prepared, a first call", "first row")
     rows = [
@@ -48,9 +53,8 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         if not found:
             continue
         cells = [results.spread(found, name, 1) for name in names]
-        beyond = [{"s": one["first row"] - one["import tensorflow"]} for one in found]
         rows.append(
-            f"| {network} | {' | '.join(cells)} | {results.spread(beyond, 's', 1)} "
+            f"| {network} | {' | '.join(cells)} | {results.spread(beyond(found), 'seconds', 1)} "
             f"| at most {most} |"
         )
     every = [one for found in runs.values() for one in found]

@@ -26,7 +26,6 @@ from benchmarks.pictures import write_records
 from benchmarks.processes import note, run
 
 PART = "throughput"
-Runs = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,7 @@ _OPENVINO = ("--engine", "openvino")
 # Rival (a) at its best in one of two ways: batches side by side, a thread each, small enough for
 # the cache; or one batch on all cores, which is TensorFlow's own choice of threads ("plain").
 _LANES = ("--lanes", "4", "--intra", "1", "--batch")
-_OTHER_WAYS = ("plain", "lanes", "eager", "compile")
-_LARGE = ("nasnet_large", "pnasnet_large")
+LARGE = ("nasnet_large", "pnasnet_large")
 _BOTH = ("classification", "feature_vector")
 CONTENDERS: dict[str, Contender] = {
     "ours_bf16": Contender("ours, bfloat16", ours(*_FAST), first=_FIRST),
@@ -239,7 +237,7 @@ CONTENDERS: dict[str, Contender] = {
             bare(network, precision, *flags),
             steady=True,
         )
-        for network in _LARGE
+        for network in LARGE
         for engine, flags in (("", ()), ("_openvino", _OPENVINO))
         for short, precision in (("bf16", "bfloat16"), ("f32", "float32"))
     },
@@ -249,7 +247,7 @@ CONTENDERS: dict[str, Contender] = {
             timm("--network", name, "--precision", precision, *flags),
             steady=True,
         )
-        for network, name in zip(_LARGE, ("nasnetalarge", "pnasnet5large"), strict=True)
+        for network, name in zip(LARGE, ("nasnetalarge", "pnasnet5large"), strict=True)
         for way, *flags in (
             ("",),
             ("_lanes", "--lanes", "2", "--threads", "1"),
@@ -325,7 +323,7 @@ def measure(
     }
 
 
-def table(runs: Runs) -> str:
+def table(runs: results.Runs) -> str:
     """Every contender that has run."""
     rows = [
         "| | images/s | CPU ms an image | peak MiB | first row, s | runs of images |",
@@ -344,90 +342,7 @@ def table(runs: Runs) -> str:
     return "\n".join([*rows, "", results.caption(every)])
 
 
-def targets(runs: Runs) -> str:
-    """Each target with what was measured; a line only where both sides have run.
-
-    Ratios are of runs within an hour; a rival counts by the best of its ways, and nothing is met
-    before all of them ran.
-    """
-    cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
-
-    def ways(rival: str) -> list[str]:
-        return [rival, *(f"{rival}_{way}" for way in _OTHER_WAYS if f"{rival}_{way}" in CONTENDERS)]
-
-    def ratio(ours: str, rival: str) -> float | None:
-        return results.paired(runs.get(ours, []), runs.get(rival, []), "images_per_second")
-
-    def against(
-        ours: str, rival: str, least: float | None = None
-    ) -> tuple[float | None, float | None, list[str]]:
-        ratios = {way: ratio(ours, way) for way in ways(rival)}
-        ran = [found for found in ratios.values() if found]
-        return min(ran, default=None), least, [way for way, found in ratios.items() if not found]
-
-    def allowed(precision: str) -> float | None:
-        cpu = [
-            results.median(runs.get(name, []), "cpu_ms") for name in ("decode", f"bare_{precision}")
-        ]
-        mine = results.median(runs.get(f"ours_{precision}", []), "images_per_second")
-        return mine * sum(cpu) / 1000 / cores if mine and all(cpu) else None  # type: ignore[arg-type]
-
-    wanted = [
-        ("bfloat16 / rival (a), same pixels", *against("ours_bf16", "tfdata_bf16", 1.05)),
-        ("bfloat16 / rival (a), cheapest", *against("ours_bf16", "tfdata_bf16_cheapest", 1.05)),
-        ("bfloat16 / signature in float32", *against("ours_bf16", "tfdata_signature", 1.8)),
-        ("float32 / rival (a), same pixels", *against("ours_f32", "tfdata_f32", 1.05)),
-        ("float32 / rival (a), cheapest", *against("ours_f32", "tfdata_f32_cheapest", 1.05)),
-        ("float32 / rival (b)'s two passes", *against("ours_f32", "stock_two_passes", 3.5)),
-        ("bfloat16 / rival (b)'s two passes", *against("ours_bf16", "stock_two_passes")),
-        ("bfloat16, share of what the cores allow", allowed("bf16"), 0.92, []),
-        ("float32, share of what the cores allow", allowed("f32"), 0.92, []),
-        *(
-            (f"{precision} by OpenVINO / {rival}", *against(f"ours_{short}_openvino", name, 1.05))
-            for short, precision in (("bf16", "bfloat16"), ("f32", "float32"))
-            for rival, name in (
-                ("rival (a), same pixels", f"tfdata_{short}"),
-                ("rival (a), cheapest", f"tfdata_{short}_cheapest"),
-            )
-        ),
-        *(
-            (f"function alone, {precision}: {shown}", *against(ours, rival))
-            for short, precision in (("bf16", "bfloat16"), ("f32", "float32"))
-            for shown, ours, rival in (
-                ("ours by OpenVINO / by TensorFlow", f"bare_{short}_openvino", f"bare_{short}"),
-                ("ours by OpenVINO / OpenVINO's", f"bare_{short}_openvino", f"openvino_{short}"),
-            )
-        ),
-        *(
-            (
-                f"{network}, {precision}{by} / timm",
-                *against(f"{network}_{short}{engine}", f"timm_{network}_{short}", least),
-            )
-            for network in _LARGE
-            for short, precision, least in (("bf16", "bfloat16", 1.2), ("f32", "float32", None))
-            for by, engine in (("", ""), (" by OpenVINO", "_openvino"))
-        ),
-    ]
-    rows = ["| images/s, ratios | measured | target | |", "|---|---|---|---|"]
-    for shown, found, least, unrun in wanted:
-        if found is None:
-            continue
-        verdict, target = "", "-"
-        if least is not None:
-            target = f"at least {least}"
-            kept = f"not shown, without {', '.join(unrun)}" if unrun else "met"
-            verdict = kept if found >= least else "missed"
-        rows.append(f"| {shown} | {found:.2f} | {target} | {verdict} |")
-    for precision in ("bf16", "f32"):
-        cost = ratio(f"ours_{precision}_embedding", f"ours_{precision}")
-        if cost is not None:
-            verdict = "met" if cost <= 1.03 else "missed"
-            shown = f"cost of embedding + logits / embedding alone, {precision}"
-            rows.append(f"| {shown} | {cost:.3f} | at most 1.03 | {verdict} |")
-    return "\n".join(rows)
-
-
-def stages(runs: Runs) -> str:
+def stages(runs: results.Runs) -> str:
     """Where an image's CPU time goes, from runs that end earlier, and from parts run alone.
 
     By the runs nearest to the last that ended at decoding, and none more than an hour away:
@@ -471,7 +386,6 @@ def stages(runs: Runs) -> str:
 def show(folder: Path) -> None:
     """Write the tables of all that has been measured."""
     results.show_each(folder, PART, table)
-    results.show_each(folder, PART, targets, "targets")
     results.show_each(folder, PART, stages, "stages")
 
 

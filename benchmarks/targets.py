@@ -1,0 +1,152 @@
+"""Each target of the project with what was measured, out of all parts of docs/performance.json.
+
+python -m benchmarks.targets        # writes the table, measures nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import growth, large_pictures, results, startup, throughput
+
+NAME = "targets"
+Parts = dict[str, results.Runs]
+
+_OTHER_WAYS = ("plain", "lanes", "eager", "compile")
+_PRECISIONS = (("bf16", "bfloat16"), ("f32", "float32"))
+_GB = 1e9 / (1 << 20)  # in MiB
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and its bounds; `unrun`: what it was not held against, so that it is not met yet."""
+
+    shown: str
+    measured: float | None
+    least: float | None = None
+    most: float | None = None
+    digits: int = 2
+    unrun: tuple[str, ...] = ()
+
+    def row(self) -> str:
+        """A line of the table; of what was measured only."""
+        assert self.measured is not None
+        target, verdict = "-", ""
+        if self.least is not None or self.most is not None:
+            kept = (self.least is None or self.measured >= self.least) and (
+                self.most is None or self.measured <= self.most
+            )
+            bounds = [f"at least {self.least:g}"] if self.least is not None else []
+            bounds += [f"at most {self.most:.4g}"] if self.most is not None else []
+            target = ", ".join(bounds)
+            met = f"not shown, without {', '.join(self.unrun)}" if self.unrun else "met"
+            verdict = met if kept else "missed"
+        measured = round(self.measured, self.digits) + 0.0  # no -0.0
+        return f"| {self.shown} | {measured:.{self.digits}f} | {target} | {verdict} |"
+
+
+def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
+    """Images/s, as ratios of runs within an hour.
+
+    A rival counts by the best of its ways, and nothing is met before all of them ran.
+    """
+
+    def ratio(ours: str, rival: str) -> float | None:
+        return results.paired(runs.get(ours, []), runs.get(rival, []), "images_per_second")
+
+    def against(shown: str, ours: str, rival: str, least: float | None = None) -> Target:
+        others = [f"{rival}_{way}" for way in _OTHER_WAYS]
+        ways = [rival, *(way for way in others if way in throughput.CONTENDERS)]
+        ratios = {way: ratio(ours, way) for way in ways}
+        ran = [found for found in ratios.values() if found]
+        unrun = tuple(way for way, found in ratios.items() if not found)
+        return Target(shown, min(ran, default=None), least, unrun=unrun)
+
+    def allowed(precision: str) -> float | None:
+        cpu = [
+            results.median(runs.get(name, []), "cpu_ms") for name in ("decode", f"bare_{precision}")
+        ]
+        mine = results.median(runs.get(f"ours_{precision}", []), "images_per_second")
+        return mine * sum(cpu) / 1000 / cores if mine and all(cpu) else None  # type: ignore[arg-type]
+
+    for short, name in _PRECISIONS:
+        mine = f"ours_{short}"
+        yield against(f"{name} / rival (a), same pixels", mine, f"tfdata_{short}", 1.05)
+        cheapest = f"tfdata_{short}_cheapest"
+        yield against(f"{name} / rival (a), cheapest", mine, cheapest, 1.05)
+        for rival, theirs in (("same pixels", f"tfdata_{short}"), ("cheapest", cheapest)):
+            shown = f"{name} by OpenVINO / rival (a), {rival}"
+            yield against(shown, f"{mine}_openvino", theirs, 1.05)
+    yield against("bfloat16 / signature in float32", "ours_bf16", "tfdata_signature", 1.8)
+    yield against("float32 / rival (b)'s two passes", "ours_f32", "stock_two_passes", 3.5)
+    yield against("bfloat16 / rival (b)'s two passes", "ours_bf16", "stock_two_passes")
+    for short, name in _PRECISIONS:
+        shown = f"cost of embedding + logits / embedding alone, {name}"
+        yield Target(shown, ratio(f"ours_{short}_embedding", f"ours_{short}"), most=1.03, digits=3)
+    for short, name in _PRECISIONS:
+        yield Target(f"{name}, share of what the cores allow", allowed(short), 0.92)
+    for short, name in _PRECISIONS:
+        shown, mine = f"function alone, {name}: ours by OpenVINO", f"bare_{short}_openvino"
+        yield against(f"{shown} / by TensorFlow", mine, f"bare_{short}")
+        yield against(f"{shown} / OpenVINO's", mine, f"openvino_{short}")
+    for network in throughput.LARGE:
+        for short, name, least in (("bf16", "bfloat16", 1.2), ("f32", "float32", None)):
+            for by, engine in (("", ""), (" by OpenVINO", "_openvino")):
+                mine, timm = f"{network}_{short}{engine}", f"timm_{network}_{short}"
+                yield against(f"{network}, {name}{by} / timm", mine, timm, least)
+
+
+def _starts(runs: results.Runs) -> Iterator[Target]:
+    for network, most in startup.ALLOWED.items():
+        beyond = results.median(startup.beyond(runs.get(network, [])), "seconds")
+        shown = f"{network}: first row, seconds after TensorFlow's import"
+        yield Target(shown, beyond, most=most, digits=1)
+
+
+def _growths(runs: results.Runs) -> Iterator[Target]:
+    """As ratios of runs within an hour, the worst of them."""
+    peak = results.median(runs.get("large", [])[-1:], "peak_mib")
+    grown = results.worst(runs.get("large", []), runs.get("small", []), "peak_mib")
+    yield Target("peak, 20,000 images / 2,000", grown, most=1.1)
+    yield Target("peak at 20,000 images, the last, MiB (1.2 GB)", peak, most=1.2 * _GB, digits=0)
+    costs = growth.costs(runs)
+    for shown, more, fewer in (
+        ("50,000 images / 2,000", "huge", "small"),
+        ("500 shards / one", "500_shards", "one_shard"),
+        ("many files / few TFRecords", "many_files", "few_records"),
+    ):
+        ratio = results.worst(costs.get(more, []), costs.get(fewer, []), "cpu_ms")
+        yield Target(f"CPU time an image, {shown}", ratio, most=1.05)
+
+
+def _large_pictures(runs: results.Runs) -> Iterator[Target]:
+    for side, found in runs.items():
+        times = results.median(found, "times")
+        yield Target(f"12 megapixels to {side}, scaled decoding, times faster", times, 4, digits=1)
+        levels = results.median(found, "mean_levels")
+        yield Target(f"12 megapixels to {side}, mean difference in levels", levels, most=0.5)
+
+
+def table(parts: Parts) -> str:
+    """Each target that something was measured for."""
+    runs = parts.get(throughput.PART, {})
+    cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
+    every = [
+        *_rates(runs, cores),
+        *_starts(parts.get(startup.PART, {})),
+        *_growths(parts.get(growth.PART, {})),
+        *_large_pictures(parts.get(large_pictures.PART, {})),
+    ]
+    rows = [target.row() for target in every if target.measured is not None]
+    return "\n".join(["| | measured | target | |", "|---|---|---|---|", *rows])
+
+
+def show(folder: Path) -> None:
+    """Write the table of every machine."""
+    results.show(folder, NAME, results.by_machine(folder, table))
+
+
+if __name__ == "__main__":
+    show(results.ROOT)
