@@ -73,7 +73,7 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
         proto = read_proto(directory)
         check_model(directory, proto, allow_unsafe_ops)
         if kind == HUB_V1:
-            loaded = tf.saved_model.load(directory, tags=[])
+            loaded = _load_graph(directory, proto)
         else:
             loaded = _load_signatures(directory, proto)
         find = _hub_v1_function if kind == HUB_V1 else _saved_model_function
@@ -181,15 +181,19 @@ def _load_signatures(directory: str, proto: Any) -> Any:
     loader would build them all. Left whole where there are none of them, and where no signature
     tells what to run.
     """
-    if not _drop_uncalled(proto.meta_graphs[0]):
-        return tf.saved_model.load(directory)
+    dropped = _drop_uncalled(proto.meta_graphs[0])
+    return _load_as(proto, directory) if dropped else tf.saved_model.load(directory)
+
+
+def _load_as(proto: Any, directory: str, tags: Sequence[str] | None = None) -> Any:
+    """What TensorFlow loads from `directory` where `proto` stands for its saved_model.pb."""
     with files.scratch() as folder:
         for name in os.listdir(directory):
             if name != "saved_model.pb":
                 (folder / name).symlink_to(os.path.join(os.path.abspath(directory), name))
         (folder / "saved_model.pb").write_bytes(proto.SerializeToString())
         try:
-            return tf.saved_model.load(str(folder))
+            return tf.saved_model.load(str(folder), tags)
         except Exception as error:
             raise OSError(str(error).replace(str(folder), directory)) from error
 
@@ -353,6 +357,18 @@ def _dense_input(tensor: tf.Tensor) -> tf.Tensor | None:
 
 
 # --- TF1 ---------------------------------------------------------------------------------------
+
+
+def _load_graph(directory: str, proto: Any) -> Any:
+    """The module of `proto` in `directory`, without its signatures.
+
+    TensorFlow's loader would build the network anew for each of them, and none of that is used.
+    """
+    bare = type(proto)()
+    bare.CopyFrom(proto)
+    for meta in bare.meta_graphs:
+        meta.signature_def.clear()
+    return _load_as(bare, directory, tags=[])
 
 
 def _hub_v1_function(

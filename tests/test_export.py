@@ -245,10 +245,9 @@ NASNET_MOBILE = {
 }
 
 
+@pytest.mark.engines  # none of them, but a minute
 @pytest.mark.usefixtures("keras2")
-@pytest.mark.parametrize(
-    "head", ["classification", pytest.param("feature_vector", marks=pytest.mark.engines)]
-)
+@pytest.mark.parametrize("head", HEADS)
 def test_documented_calls_on_nasnet_mobile(head: Head):
     width, trained, fixed, losses = NASNET_MOBILE[head]
     m = tf.keras.Sequential(

@@ -13,6 +13,7 @@ from exports import exported
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from models import freezing
+from models.catalog import FORMATS
 from models.checkpoint import write_checkpoint
 from models.export import _image_module_info
 from models.freezing import Hints, ModelError, freeze
@@ -559,10 +560,11 @@ def test_the_fingerprint_tells_what_a_called_function_does(tmp_path):
     assert found[0] != found[2]
 
 
-def test_an_interrupted_run_takes_along_what_a_model_is_loaded_from(monkeypatch):
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupted_run_takes_along_what_a_model_is_loaded_from(format, monkeypatch):
     seen = []
 
-    def load(folder):
+    def load(folder, tags):
         seen.append(os.path.exists(folder))
         files.NewFile.abandon_all()
         seen.append(os.path.exists(folder))
@@ -570,7 +572,7 @@ def test_an_interrupted_run_takes_along_what_a_model_is_loaded_from(monkeypatch)
 
     monkeypatch.setattr(tf.saved_model, "load", load)
     with pytest.raises(ModelError, match="interrupted"):
-        freeze(exported("saved_model", "classification"), Hints())
+        freeze(exported(format, "classification"), Hints())
     assert seen == [True, False]
 
 
@@ -596,15 +598,30 @@ def test_calls_within_calls_cost_no_operation(tmp_path):
     assert "FusedBatchNormV3" not in counts[0]
 
 
+def test_a_modules_signatures_are_told_and_not_built(monkeypatch):
+    directory = exported("hub_v1", "classification")
+    built = []
+    real = tf.saved_model.load
+
+    def load(*given):
+        built.append(real(*given))
+        return built[-1]
+
+    monkeypatch.setattr(tf.saved_model, "load", load)
+    frozen = freeze(directory, Hints())
+    assert dict(built[0].signatures) == {}
+    assert {"default", "image_classification", "image_feature_vector"} <= set(frozen.signatures)
+
+
 def test_only_what_the_signature_calls_is_built(monkeypatch):
     directory = exported("saved_model", "classification")
     whole = freezing.read_proto(directory).meta_graphs[0].graph_def.library.function
     built = []
     real = tf.saved_model.load
 
-    def load(folder, **rest):
+    def load(folder, *rest):
         built.extend(freezing.read_proto(folder).meta_graphs[0].graph_def.library.function)
-        return real(folder, **rest)
+        return real(folder, *rest)
 
     monkeypatch.setattr(tf.saved_model, "load", load)
     freeze(directory, Hints())

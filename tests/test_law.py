@@ -27,7 +27,7 @@ from formats.example import serialize_example
 from formats.tfrecord import write_record
 from pipeline import verify
 
-EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "10"))
 MOST_BYTES = 20_000
 
 GOOD = [jpeg(40 + n, 30) for n in range(4)] + [encode(photo(20, 30), "PNG")]

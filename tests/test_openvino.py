@@ -34,7 +34,9 @@ def in_a_fresh_process(program: str, *arguments: str) -> None:
         ("saved_model", "classification"),
         ("hub_v1", "classification"),
         ("saved_model", "feature_vector"),
-        ("saved_model", "classification", "nasnet_mobile"),
+        pytest.param(  # minutes on two cores
+            ("saved_model", "classification", "nasnet_mobile"), marks=pytest.mark.engines
+        ),
     ],
 )
 def test_both_engines_give_the_same_vectors(export):
