@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import glob
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import uuid
@@ -50,6 +52,8 @@ def is_remote(path: str) -> bool:
         raise RequestError(
             f"{path}: no filesystem for {match[1]}://; give a local path, gs:// or s3://"
         )
+    if not path[match.end() :].strip("/"):
+        raise RequestError(f"{path}: names no bucket; give {match[1]}://BUCKET/PATH")
     return True
 
 
@@ -73,9 +77,14 @@ def _beam() -> Any:
 
 def configure_stores(beam_args: Sequence[str]) -> None:
     """Let gs:// and s3:// be reached with the credentials and addresses of Beam's flags."""
-    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.internal.gcp.auth import _Credentials
+    from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
-    _beam().set_options(PipelineOptions(list(beam_args)))
+    options = PipelineOptions(list(beam_args))
+    if options.view_as(GoogleCloudOptions).no_auth:
+        # Beam's client of gs:// looks for them all the same, 20 s long where there are none.
+        _Credentials._credentials_init, _Credentials._credentials = True, None
+    _beam().set_options(options)
 
 
 def find(pattern: str) -> Iterator[FileInfo]:
@@ -90,14 +99,66 @@ def find(pattern: str) -> Iterator[FileInfo]:
 
 
 def _find_local(pattern: str) -> Iterator[FileInfo]:
-    literal = os.path.lexists(pattern) or not _GLOB.search(pattern)
+    literal = not _GLOB.search(pattern) or _status(pattern, follow=False) is not None
     seen: set[str] = set()
-    for path in [pattern] if literal else sorted(glob.iglob(pattern, recursive=True)):
-        path = path.rstrip("/")
-        for found in _walk(path) if os.path.isdir(path) else [path]:
-            if found not in seen and os.path.isfile(found):
+    for path in [pattern] if literal else sorted(_matches("/", pattern.split("/")[1:], set())):
+        path = path.rstrip("/") or "/"
+        status = _status(path)
+        if status is None:
+            continue
+        for found in _walk(path) if stat.S_ISDIR(status.st_mode) else [path]:
+            if found not in seen and (known := _status(found)) and stat.S_ISREG(known.st_mode):
                 seen.add(found)
-                yield FileInfo(found, os.path.getsize(found))
+                yield FileInfo(found, known.st_size)
+
+
+def _status(path: str, follow: bool = True) -> os.stat_result | None:
+    """What lies at `path`, None for nothing. Raises OSError where that cannot be told."""
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte is in no name
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return None
+        raise
+
+
+def _matches(folder: str, parts: Sequence[str], entered: set[tuple[int, int]]) -> Iterator[str]:
+    """The paths below `folder` that a glob's `parts` match, as the glob module has it.
+
+    That passes over folders which cannot be listed; here they raise OSError, for their pictures
+    would be missed. `entered`: the folders above, for links may form a ring.
+    """
+    part, *rest = parts
+    status = _status(folder)
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        return
+    if not _GLOB.search(part):
+        below = [part] if _status(os.path.join(folder, part), follow=False) else []
+    else:
+        below = [name for name in os.listdir(folder) if part[0] == "." or name[0] != "."]
+    if part == "**":
+        here = (status.st_dev, status.st_ino)
+        if here in entered:
+            return
+        if rest:
+            yield from _matches(folder, rest, set())
+        else:
+            yield folder
+        for name in below:
+            path = os.path.join(folder, name)
+            if os.path.isdir(path):
+                yield from _matches(path, parts, entered | {here})
+            elif not rest:
+                yield path
+        return
+    for name in fnmatch.filter(below, part) if _GLOB.search(part) else below:
+        path = os.path.join(folder, name)
+        if rest:
+            yield from _matches(path, rest, set())
+        else:
+            yield path
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import glob
 import hashlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -60,6 +62,26 @@ def test_which_paths_are_remote(path, remote):
 def test_a_scheme_that_we_cannot_read_is_a_wrong_request(uri):
     with pytest.raises(RequestError, match="no filesystem for"):
         files.is_remote(uri)
+
+
+def test_no_credentials_are_looked_for_where_none_are_wanted(monkeypatch):
+    from apache_beam.internal.gcp import auth
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    def default(scopes):
+        raise AssertionError("they were looked for")
+
+    monkeypatch.setattr(auth._Credentials, "_credentials_init", False)
+    monkeypatch.setattr(auth._Credentials, "_credentials", None)
+    monkeypatch.setattr(auth.google.auth, "default", default)
+    files.configure_stores(["--no_auth"])
+    assert auth.get_service_credentials(PipelineOptions([])) is None
+
+
+def test_a_store_without_a_bucket_is_a_wrong_request():
+    for uri in ("gs://", "s3:///", "GS://"):
+        with pytest.raises(RequestError, match="names no bucket"):
+            files.is_remote(uri)
 
 
 def test_absolute_is_what_rows_and_manifests_show(monkeypatch, tmp_path):
@@ -168,6 +190,61 @@ def test_find_raises_where_a_folder_below_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
         found(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jpg", "**/*.jpg", "locked/*.jpg"])
+def test_a_glob_raises_where_a_folder_refuses(tmp_path, monkeypatch, pattern):
+    tree(tmp_path, "a/a.jpg", "locked/b.jpg")
+    assert "locked/b.jpg" in found(tmp_path, pattern)
+    listdir = os.listdir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        found(tmp_path, pattern)
+
+
+def test_a_file_that_cannot_be_asked_for_raises(tmp_path, monkeypatch):
+    tree(tmp_path, "locked/b.jpg")
+    stat = os.stat
+
+    def refuse(path, **how):
+        if str(path).endswith("b.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    for pattern in ("locked", "locked/b.jpg", "locked/*"):
+        with pytest.raises(PermissionError):
+            found(tmp_path, pattern)
+
+
+PARTS = ["*", "**", "a", "b", "*.jpg", ".*", "[ab]*", "?", "link", "e[[]1].jpg", "c["]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_glob_matches_what_pythons_does(tmp_path, depth):
+    names = ["a/b/c.jpg", "a/b/.h.jpg", "a/.x/c.jpg", "a/d.png", "e[1].jpg", "_f/q.jpg", "g.jpg"]
+    tree(tmp_path, *names)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    for parts in itertools.product(PARTS, repeat=depth):
+        pattern = "/".join(parts)
+        expected = []
+        for path in sorted(glob.glob(f"{tmp_path}/{pattern}", recursive=True)):
+            below = files._walk(path.rstrip("/")) if os.path.isdir(path) else [path]
+            expected += [os.path.relpath(n, tmp_path) for n in below if os.path.isfile(n)]
+        assert found(tmp_path, pattern) == list(dict.fromkeys(expected)), pattern
+
+
+def test_a_glob_follows_links_but_not_in_a_ring(tmp_path):
+    tree(tmp_path, "a/b.jpg", "a/c/d.jpg")
+    (tmp_path / "a" / "c" / "ring").symlink_to(tmp_path / "a")
+    assert found(tmp_path, "**/*.jpg") == ["a/b.jpg", "a/c/d.jpg"]
 
 
 # ---------------------------------------------------------------- a store of objects
