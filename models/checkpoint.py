@@ -68,8 +68,8 @@ def read_checkpoint(prefix: str, shapes: Shapes, ema: bool = False) -> Values:
     averages alone is read without `ema` too. The classification layer may be surplus, so that a
     feature vector model takes the same file.
 
-    Raises CheckpointError, naming the variable, where one is missing, surplus or of another
-    shape, or where the files cannot be read.
+    Raises CheckpointError, naming the variable, where one is missing, surplus, of another shape or
+    not finite, or where the files cannot be read.
     """
     try:
         reader = tf.train.load_checkpoint(prefix)
@@ -90,12 +90,16 @@ def read_checkpoint(prefix: str, shapes: Shapes, ema: bool = False) -> Values:
         if name not in shapes and not _TRAINING_ONLY.match(name) and name not in _HEAD:
             raise CheckpointError(f"{prefix} has a variable that the network lacks: {stored_name}")
     try:
-        return {
+        values = {
             name: np.asarray(reader.get_tensor(source), np.float32)
             for name, source in sources.items()
         }
-    except (tf.errors.OpError, ValueError) as error:
+    except (tf.errors.OpError, ValueError, IndexError) as error:
         raise CheckpointError(f"{prefix} is damaged: {_line(error)}") from error
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{sources[name]} in {prefix} holds NaN or infinity")
+    return values
 
 
 def _source(name: str, stored: Mapping[str, list[int]], ema: bool) -> str:

@@ -6,6 +6,7 @@ values by the first operations on them. What cannot be found is asked for by fla
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", *_S
 _SIZES = {"Shape", "Size"}
 _LARGEST_SIZE = 1 << 16  # pixels a side; more is damage
 _MAPS = {"Mul", "RealDiv", "Sub", "Add", "AddV2"}
+
+log = logging.getLogger("pipeline")
 
 
 class ModelError(RequestError):
@@ -478,8 +481,28 @@ def _value_range(directory: str, image: tf.Tensor, hints: Hints, kind: str) -> t
     there takes [0, 1], what maps [0, 255] there takes [0, 255]. TF1 modules keep the hub's
     convention for images, [0, 1].
     """
+    found = _mapped_range(image)
     if hints.value_range is not None:
+        if found not in (None, hints.value_range):
+            log.warning(
+                "--value_range %g,%g: the first operations of %s are for %g,%g; yours counts",
+                *hints.value_range,
+                directory,
+                *found,
+            )
         return hints.value_range
+    if found:
+        return found
+    if kind == HUB_V1:
+        return 0.0, 1.0
+    raise ModelError(
+        f"--model {directory}: nothing tells which range its pixels have; give --value_range 0,1 "
+        "or 0,255 or -1,1"
+    )
+
+
+def _mapped_range(image: tf.Tensor) -> tuple[float, float] | None:
+    """The range that the image's first operations tell, None where they do not."""
     scale, offset = _first_map(image)
     if (scale, offset) != (1.0, 0.0):
         for narrow, wide in ((0.5, 10.0), (100.0, 600.0)):
@@ -487,12 +510,7 @@ def _value_range(directory: str, image: tf.Tensor, hints: Hints, kind: str) -> t
                 width = abs(scale) * high
                 if narrow <= width <= wide and abs(offset) <= 2 * width:
                     return 0.0, high
-    if kind == HUB_V1:
-        return 0.0, 1.0
-    raise ModelError(
-        f"--model {directory}: nothing tells which range its pixels have; give --value_range 0,1 "
-        "or 0,255 or -1,1"
-    )
+    return None
 
 
 def _first_map(image: tf.Tensor) -> tuple[float, float]:

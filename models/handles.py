@@ -8,6 +8,7 @@ want one model both fetch it, and the second finds the first's in place.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
@@ -53,8 +54,11 @@ _CHUNK = 1 << 20
 def model_format(directory: str) -> str:
     """`hub_v1`, `saved_model` or `prepared`, by the files in `directory`. RequestError for none."""
     if not os.path.isdir(directory):
+        near = difflib.get_close_matches(os.path.basename(directory), NETWORKS, n=1, cutoff=0.8)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        found = "a file, and no .tar.gz" if os.path.isfile(directory) else "no such directory"
         raise RequestError(
-            f"--model {directory}: no such directory; give a folder with a saved_model.pb, such as "
+            f"--model {directory}: {found}{hint}; give a folder with a saved_model.pb, such as "
             "`python -m pipeline.models export` writes, or a handle of the hub"
         )
     for name, kind in _MARKERS.items():

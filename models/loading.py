@@ -202,6 +202,13 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
             fingerprint(frozen.graph, frozen.outputs),
         )
         graph = _assemble(frozen)
+    # Fused layers take the larger of 0 and NaN as 0, so that no vector would tell.
+    if wild := sorted(name for name, array in graph.weights.items() if not _finite(array)):
+        raise ModelError(
+            f"--model {spec.handle}: {len(wild)} of its weights hold NaN or infinity "
+            f"({wild[0].removeprefix('model/')}), so its vectors would mean nothing; make it of a "
+            "sound checkpoint"
+        )
     missing = [name for name in spec.outputs if name not in info.outputs]
     if missing:
         raise ModelError(
@@ -209,6 +216,10 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
             f"{', '.join(info.outputs)}"
         )
     return info, graph
+
+
+def _finite(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _read_prepared(directory: str) -> tuple[ModelInfo, Graph]:

@@ -1,9 +1,9 @@
 """The model commands.
 
     python -m pipeline.models export --network nasnet_mobile --head classification \\
-        --format saved_model --seed 0 --output models/nasnet_mobile
-    python -m pipeline.models inspect models/nasnet_mobile
-    python -m pipeline.models prepare models/nasnet_mobile --output models/nasnet_mobile_prepared
+        --format saved_model --seed 0 --output out/nasnet_mobile
+    python -m pipeline.models inspect out/nasnet_mobile
+    python -m pipeline.models prepare out/nasnet_mobile --output out/nasnet_mobile_prepared
 
 Beam's flags for gs:// and s3:// (--s3_endpoint_url, --no_auth, ...) pass through in the last two.
 """
@@ -74,10 +74,16 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--archive", metavar="FILE.tar.gz", help="also pack DIR as the hub does")
 
     inspect = verbs.add_parser(
-        "inspect", help="what a model is, as JSON on stdout", allow_abbrev=False
+        "inspect",
+        help="what a model is, as JSON on stdout",
+        allow_abbrev=False,
+        usage="python -m pipeline.models inspect MODEL [flags]",
     )
     prepare = verbs.add_parser(
-        "prepare", help="resolve, verify and optimise a model once", allow_abbrev=False
+        "prepare",
+        help="resolve, verify and optimise a model once",
+        allow_abbrev=False,
+        usage="python -m pipeline.models prepare MODEL --output DIR [flags]",
     )
     prepare.add_argument("--output", required=True, metavar="DIR", help="local, gs:// or s3://")
     for verb in (inspect, prepare):
@@ -129,6 +135,10 @@ def export(request: argparse.Namespace) -> None:
         raise RequestError("--ema chooses among a checkpoint's values; give --checkpoint too")
     output = _local("--output", request.output)
     archive = _local("--archive", request.archive) if request.archive else None
+    if archive and not archive.endswith((".tar.gz", ".tgz")):
+        raise RequestError(f"--archive {archive}: it will be a .tar.gz, and is to be named so")
+    if archive and archive.startswith(f"{output}/"):
+        raise RequestError(f"--archive {archive}: would lie in what it is made of; give another")
     files.check_writable(output)
     if archive:
         files.check_writable(os.path.dirname(archive), "--archive")
@@ -150,6 +160,8 @@ def export(request: argparse.Namespace) -> None:
     write(spec, values, request.head, output)
     if archive:
         write_archive(output, archive)
+    of = request.checkpoint or "SEEDED RANDOM weights, which show shape and speed only"
+    _say(f"wrote {output}: {request.network}, {request.head}, {request.format}, of {of}")
 
 
 def inspect(request: argparse.Namespace) -> None:
@@ -186,6 +198,11 @@ def prepare(request: argparse.Namespace) -> None:
     from models.loading import prepare as write_prepared
 
     write_prepared(_spec(request), output)
+    _say(f"wrote {output}: {request.model}, prepared")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{hide(text)}\n")
 
 
 def _spec(request: argparse.Namespace) -> LoadSpec:

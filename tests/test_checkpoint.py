@@ -175,6 +175,24 @@ def test_a_damaged_checkpoint(prefix: str):
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_that_was_cut(prefix: str):
+    write_checkpoint(prefix, plain())
+    data = Path(prefix + ".data-00000-of-00001")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_checkpoint(prefix, SHAPES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_refused(prefix: str, value: float):
+    values = plain()
+    values["conv0/weights"] = values["conv0/weights"].copy()
+    values["conv0/weights"][0, 0, 0, 0] = value
+    write_checkpoint(prefix, values)
+    with pytest.raises(CheckpointError, match=r"conv0/weights in .* holds NaN or infinity"):
+        read_checkpoint(prefix, SHAPES)
+
+
 def test_a_file_that_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "model.ckpt.index").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):

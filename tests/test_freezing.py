@@ -117,9 +117,12 @@ def test_a_range_of_values_that_nothing_tells_is_asked_for(name, tmp_path):
         assert close(model(PIXELS)["logits"], wanted)
 
 
-def test_a_range_that_is_given_goes_before_what_is_found(tmp_path):
+def test_a_range_that_is_given_goes_before_what_is_found_which_is_told(tmp_path, caplog):
     directory = saved(tmp_path / "m", lambda x: {"y": features(x / 255.0)})
+    loaded(directory, value_range=(0.0, 255.0))
+    assert caplog.text == ""
     model = loaded(directory, value_range=(-1.0, 1.0))
+    assert f"--value_range -1,1: the first operations of {directory} are for 0,255" in caplog.text
     images = PIXELS / np.float32(127.5) - 1
     assert close(model(PIXELS)["logits"], expected(images / 255))
 

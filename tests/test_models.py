@@ -21,6 +21,7 @@ from models import loading
 from models import prepared as prepared_files
 from models.catalog import FORMATS, HEADS, NETWORKS, ONE_CELL
 from models.checkpoint import AVERAGED, seeded, write_checkpoint
+from models.export import export_hub_v1
 from models.handles import resolve
 from models.loading import LoadSpec, load
 from models.networks import is_trainable, variable_shapes
@@ -187,6 +188,8 @@ def test_an_export_that_cannot_be(refused, tmp_path, checkpoint):
     assert "has no variable" in wrong or "has shape" in wrong
     assert "must be local" in refused(*export("gs://bucket/m"))
     assert "must be local" in refused(*export(model, archive="s3://bucket/m.tar.gz"))
+    assert "named so" in refused(*export(model, archive=tmp_path / "m.zip"))
+    assert "would lie in" in refused(*export(model, archive=model / "m.tar.gz"))
     (tmp_path / "file").touch()
     assert "something is there already" in refused(*export(tmp_path / "file"))
     assert "something is there" in refused(*export(model, archive=tmp_path / "file"))
@@ -365,6 +368,19 @@ def test_an_altered_prepared_model_is_refused(damage, prepared, refused, job, tm
     ran = job(tmp_path / "a.jpg", model=prepared)
     assert ran.code == 2
     assert "not a whole prepared model" in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["inspect", "prepare"])
+def test_weights_that_are_not_finite_are_refused(verb, refused, job, tmp_path):
+    """Fused layers would make 0 of them, and every vector finite and wrong."""
+    values = dict(exports.values())
+    values["conv0/weights"] = values["conv0/weights"].copy()
+    values["conv0/weights"][0, 0, 0, 0] = np.nan
+    model = str(tmp_path / "m")
+    export_hub_v1(ONE_CELL, values, "feature_vector", model)
+    more = ["--output", tmp_path / "out"] if verb == "prepare" else []
+    assert "1 of its weights hold NaN or infinity" in refused(verb, model, *more)
     assert not (tmp_path / "out").exists()
 
 
