@@ -68,6 +68,7 @@ def look_around(data: bytes, how: Preprocessing) -> tuple[np.ndarray, int, int]:
     """Tells of the process it runs in, as the message of an error."""
     seen = {
         "modules": sorted(sys.modules),
+        "nice": os.nice(0),
         "threads": len(os.listdir("/proc/self/task")),
         "environment": sorted(os.environ),
         "files": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in range(3)),
