@@ -23,6 +23,7 @@ from pipeline.options import OneLineParser, byte_size, names_list
 from storage.errors import RequestError
 
 _HOUR = 3600.0
+_PRICE = "price_{}".format  # a price's flag
 _GIB = float(1 << 30)
 _GB = 1e9
 
@@ -40,10 +41,13 @@ class Model:
 
 def whole(text: str) -> int:
     """A count, with or without `_` or a power of ten: `1_000_000`, `1e6`."""
-    value = float(text)
-    if value != int(value) or value < 0:
-        raise ValueError(text)
-    return int(value)
+    try:
+        value = float(text)
+        if value == int(value) and value >= 0:
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no count; give such as 1000000 or 1e6")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,9 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--outputs",
         type=names_list(("embedding", "logits")),
-        default=("embedding", "logits"),
         metavar="NAMES",
-        help="vectors to write (default both)",
+        help="vectors to write (default all that the model has)",
     )
     add(
         "--embedding_dtype", choices=("float32", "float16"), default="float32", help="as in the job"
@@ -106,9 +109,9 @@ def parser() -> argparse.ArgumentParser:
 
 def model_of(request: argparse.Namespace) -> Model:
     """What is known of the model asked for. Raises RequestError where that is too little."""
-    name = request.model
+    name, head = request.model, "classification"
     if name in HUB_MODELS:
-        name = HUB_MODELS[name].network.name
+        name, head = HUB_MODELS[name].network.name, HUB_MODELS[name].head
     spec = NETWORKS.get(name)
     if request.widths:
         if not re.fullmatch(r"\d+(,\d+)?", request.widths):
@@ -117,7 +120,9 @@ def model_of(request: argparse.Namespace) -> Model:
             zip(("embedding", "logits"), map(int, request.widths.split(",")), strict=False)
         )
     elif spec:
-        widths = {"embedding": spec.feature_width, "logits": spec.num_classes}
+        widths = {"embedding": spec.feature_width}
+        if head == "classification":
+            widths["logits"] = spec.num_classes
     else:
         raise RequestError(
             f"--model {request.model}: none of {', '.join(NETWORKS)}, so its speed and widths are "
@@ -157,13 +162,18 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     """The plan that `request` asks for, as JSON holds it. Raises RequestError."""
     for flag in ("images_per_file", "vcpus", "workers", "hours", "image_bytes"):
         value = getattr(request, flag)
-        if value is not None and value <= 0:
-            raise RequestError(f"--{flag} {value}: must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise RequestError(f"--{flag} {value}: must be more than 0, and a number")
+    for flag in ("decode_seconds", "cpu_seconds", "gpu_images_per_second", *map(_PRICE, PRICES)):
+        value = getattr(request, flag)
+        if value is not None and not 0 <= value < math.inf:
+            raise RequestError(f"--{flag} {value}: must be 0 or more, and a number")
     images = request.images
     model = model_of(request)
-    missing = [name for name in request.outputs if name not in model.widths]
+    outputs = request.outputs or tuple(model.widths)
+    missing = [name for name in outputs if name not in model.widths]
     if missing:
-        raise RequestError(f"--outputs {','.join(missing)}: --widths tells of no such vector")
+        raise RequestError(f"--outputs {','.join(missing)}: the model has no such vector")
     decode = figures.DECODE_SECONDS.value
     if request.decode_seconds is not None:
         decode = request.decode_seconds
@@ -185,7 +195,7 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     pages = -(-objects // int(figures.PAGE_OBJECTS.value))
     listing = 2 * pages * figures.PAGE_SECONDS.value  # the launcher's look, and the job's
     element = 2 if request.embedding_dtype == "float16" else 4
-    row = figures.ROW_BYTES.value + element * sum(model.widths[name] for name in request.outputs)
+    row = figures.ROW_BYTES.value + element * sum(model.widths[name] for name in outputs)
     a_bundle = max(request.images_per_file, int(figures.UNIT_IMAGES.value))
     a_file = min(
         a_bundle,
@@ -297,7 +307,7 @@ def _prices(request: argparse.Namespace) -> dict[str, float]:
                 "--price_gpu_hour"
             )
         listed["gpu_hour"] = figures.GPU_HOURS[request.gpu]
-    told = {name: getattr(request, f"price_{name}") for name in PRICES}
+    told = {name: getattr(request, _PRICE(name)) for name in PRICES}
     return {name: listed[name] if price is None else price for name, price in told.items()}
 
 
@@ -314,7 +324,7 @@ def constants(
     if on_gpu:
         named["gpu_images_per_second"] = on_gpu.described()
     for name, price in prices.items():
-        told = getattr(request, f"price_{name}") is not None
+        told = getattr(request, _PRICE(name)) is not None
         source = "told by its flag" if told else PRICES[name].source
         named[f"price_{name}"] = Figure(price, PRICES[name].unit, source).described()
     return named
@@ -331,7 +341,11 @@ def table(plan: dict[str, Any]) -> str:
         ("speed", f"{plan['images_per_second_per_worker']:,} images/s a worker"),
         ("vCPU hours", f"{plan['vcpu_hours']:,}"),
         ("GPU hours", f"{plan['gpu_hours']:,}"),
-        ("vCPUs to a GPU", f"{plan['vcpus_to_a_gpu'] or '-'} would keep one busy"),
+        *(
+            [("vCPUs to a GPU", f"{plan['vcpus_to_a_gpu']} would keep one busy")]
+            if plan["vcpus_to_a_gpu"]
+            else []
+        ),
         ("input", f"{plan['input_bytes'] / _GB:,.1f} GB"),
         ("output", f"{plan['output_bytes'] / _GB:,.1f} GB in {plan['output_files']:,} files"),
         ("requests", ", ".join(f"{n:,} {name}" for name, n in plan["requests"].items())),

@@ -207,10 +207,24 @@ def test_every_constant_tells_its_unit_and_source():
         ),
         (["--images", "1", "--model", "nasnet_mobile", "--workers", "0"], "--workers 0"),
         (["--images", "1", "--model", "nasnet_mobile", "--hours", "-1"], "--hours"),
+        (["--images", "1", "--model", "nasnet_mobile", "--hours", "nan"], "--hours nan"),
+        (["--images", "inf", "--model", "nasnet_mobile"], "'inf' is no count"),
+        (["--images", "1.5", "--model", "nasnet_mobile"], "'1.5' is no count"),
+        (
+            ["--images", "1", "--model", "nasnet_mobile", "--decode_seconds", "nan"],
+            "--decode_seconds nan",
+        ),
+        (
+            ["--images", "1", "--model", "nasnet_mobile", "--price_vcpu_hour", "-1"],
+            "--price_vcpu_hour -1",
+        ),
         (["--images", "1", "--model", "nasnet_mobile", "--pric_gpu_hour", "1"], "--pric_gpu_hour"),
         (["--images", "1", "--model", "nasnet_mobile", "--widths", "a"], "--widths a"),
         (
-            ["--images", "1", "--model", "m", "--widths", "9", "--cpu_seconds", "1"],
+            [
+                *("--images", "1", "--model", "m", "--widths", "9", "--cpu_seconds", "1"),
+                *("--outputs", "logits"),
+            ],
             "--outputs logits",
         ),
     ],
