@@ -19,6 +19,7 @@ from storage.secrets import hide
 
 NAME = "report.html"
 MOST = 5000  # rows
+_WRONG = (ValueError, KeyError, TypeError, AttributeError)  # fields of another shape
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=2000,
         metavar="N",
-        help="about so many rows, spread over the files, stand for all (default 2000)",
+        help=f"about so many rows, at most {MOST}, spread over the files, stand for all "
+        "(default 2000)",
     )
     return result
 
@@ -55,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         request, beam_args = parser().parse_known_args(argv)
         check_beam_flags(beam_args)
         if not 1 <= request.rows <= MOST:
-            raise RequestError(f"--rows {request.rows}: from 1 to {MOST}, compared with each other")
+            raise RequestError(
+                f"--rows {request.rows}: from 1 to {MOST}, for each is compared with all others"
+            )
         output = files.absolute(request.output)
         if files.is_remote(output):
             files.configure_stores(beam_args)
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         try:
             text = page(output, look(output, manifest, request.rows))
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, *_WRONG) as error:
             told = hide(" ".join(f"{type(error).__name__}: {error}".split()))
             sys.stderr.write(f"error: {told}; python -m pipeline.verify tells of all damage\n")
             return 1

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify; returns the exit code: 0 whole, 1 damaged, 2 nothing is there at all."""
-    there = False
+    there, output = False, None
     try:
         request, beam_args = parser().parse_known_args(argv)
         check_beam_flags(beam_args)
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = verify(output, lambda line: print(line, file=sys.stderr))
     except (RequestError, OSError) as error:
         sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
+        if there:
+            print(json.dumps({"status": "unreadable", "output": output, "problems": 1}), flush=True)
         return 1 if there else 2
     print(json.dumps(result), flush=True)
     return 0 if result["status"] == "ok" else 1

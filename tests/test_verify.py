@@ -387,22 +387,25 @@ def test_a_vector_that_the_run_was_to_write_and_no_file_has(tmp_path, check):
 
 
 @pytest.mark.parametrize(
-    ("there", "code"),
+    ("there", "code", "status"),
     [
-        ({}, 2),
-        ({"manifest.json": '{"name": "a web app"}'}, 1),
-        ({"manifest.json": '{"format_version": 2}'}, 1),
-        ({"manifest.json": "no JSON"}, 1),
-        ({"manifest.json": "no JSON", "features/part-a.parquet": "x"}, 1),
+        ({}, 2, None),
+        ({"a.jpg": "a picture"}, 1, "unreadable"),
+        ({"manifest.json": '{"name": "a web app"}'}, 1, "unreadable"),
+        ({"manifest.json": '{"format_version": 2}'}, 1, "unreadable"),
+        ({"manifest.json": '{"format_version": "1"}'}, 1, "unreadable"),
+        ({"manifest.json": "[]"}, 1, "unreadable"),
+        ({"manifest.json": "no JSON"}, 1, "unreadable"),
+        ({"manifest.json": "no JSON", "features/part-a.parquet": "x"}, 1, "damaged"),
     ],
 )
-def test_what_is_no_output_at_all(tmp_path, check, there, code):
+def test_what_is_no_output_at_all(tmp_path, check, there, code, status):
     for name, text in there.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     found, summary, problems = check(tmp_path)
     assert found == code
-    assert (summary is None) == (len(there) < 2)
+    assert (summary["status"] if summary else None) == status
     assert len(problems) == 1
 
 
