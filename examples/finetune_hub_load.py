@@ -1,8 +1,8 @@
 """Fine-tune an exported model through hub.load, to tell from which photograph a crop comes.
 
     python -m pipeline.models export --network nasnet_mobile --head feature_vector \\
-        --format saved_model --seed 0 --output models/nasnet_mobile
-    python examples/finetune_hub_load.py --model models/nasnet_mobile
+        --format saved_model --seed 0 --output out/nasnet_mobile
+    python examples/finetune_hub_load.py --model out/nasnet_mobile
 
 The loop is written out, with the module's own variables and regularization losses.
 """

@@ -1,8 +1,8 @@
 """Fine-tune an exported model through hub.KerasLayer, to tell from which photograph a crop comes.
 
     python -m pipeline.models export --network nasnet_mobile --head feature_vector \\
-        --format saved_model --seed 0 --output models/nasnet_mobile
-    python examples/finetune_keras_layer.py --model models/nasnet_mobile
+        --format saved_model --seed 0 --output out/nasnet_mobile
+    python examples/finetune_keras_layer.py --model out/nasnet_mobile
 
 hub.KerasLayer is a layer of Keras 2, which is tf_keras today.
 """

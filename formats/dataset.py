@@ -150,6 +150,10 @@ class PartWriter:
 # --- reading what is there ---------------------------------------------------------------------
 
 
+class NewerVersion(RequestError):
+    """A manifest that a newer version of this program wrote."""
+
+
 def read_manifest(output: str) -> dict[str, Any] | None:
     """The manifest of `output`, None where there is none. RequestError where it cannot be used."""
     path = files.join(output, "manifest.json")
@@ -157,7 +161,10 @@ def read_manifest(output: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(steady.read_bytes(path))
-        check_version(path, manifest)
+    except ValueError as error:
+        raise RequestError(f"{path}: not a manifest ({error}); its data cannot be read") from None
+    check_version(path, manifest)
+    try:
         for fields, types in [(manifest, _FIELDS), *((e, _ENTRY) for e in manifest["files"])]:
             for name, kind in types.items():
                 if not isinstance(fields[name], kind):
@@ -171,9 +178,14 @@ def read_manifest(output: str) -> dict[str, Any] | None:
 
 
 def replaceable_manifest(output: str, if_exists: str) -> dict[str, Any] | None:
-    """As `read_manifest`, but None too for one that cannot be used and is to be overwritten."""
+    """As `read_manifest`, but None too for one that cannot be used and is to be overwritten.
+
+    Not of a newer version: which files it names is not known, and they would stay.
+    """
     try:
         return read_manifest(output)
+    except NewerVersion:
+        raise
     except RequestError:
         if if_exists != "overwrite":
             raise
@@ -182,12 +194,14 @@ def replaceable_manifest(output: str, if_exists: str) -> dict[str, Any] | None:
 
 def check_version(path: str, manifest: Mapping[str, Any]) -> None:
     """Raise RequestError unless this program reads the version of the manifest at `path`."""
-    try:
-        newer = (version := manifest["format_version"]) > FORMAT_VERSION
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"{path}: not a manifest ({error}); its data cannot be read") from None
-    if newer:
+    version = manifest.get("format_version") if isinstance(manifest, Mapping) else None
+    if not isinstance(version, int):
         raise RequestError(
+            f"{path}: not a manifest, for it has no format_version that is a number; its data "
+            "cannot be read"
+        )
+    if version > FORMAT_VERSION:
+        raise NewerVersion(
             f"{path}: format_version {version} is newer than {FORMAT_VERSION}, which this version "
             "reads; use a newer version of this program"
         )
@@ -468,6 +482,9 @@ def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str
     """What was different when a file with `metadata` was made: each name, then and now."""
     there = json.loads(metadata.get(ROW_META.encode(), b"{}"))
     now = json.loads(json.dumps(table.utf8_within(rows)))
+    for made in (there, now):
+        if isinstance(keys := made.get("keys"), list):  # by the flags that tell them
+            made["keys"] = dict(zip(("image_key", "id_key", "label_key"), keys, strict=False))
     told = [
         f"{name[:_SHORT]} ({_short(old)}, now {_short(new)})"
         for part, value in now.items()

@@ -37,14 +37,23 @@ class ExampleTypes:
     columns: Mapping[str, pa.DataType]
 
 
+def no_label(name: str, what: str) -> str:
+    """Why `name`, whose values are `what`, cannot be the label."""
+    return (
+        f"--label_key {name}: its values are {what}, and a label is one int64 or string; give "
+        "another one's name, or '' for none"
+    )
+
+
 def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
     """The types of the label and of the columns as a sample of serialized examples shows them.
 
     A label that the sample lacks is null. A column is a scalar where no sampled example holds more
     than one value, else a list; bytes are string where all are UTF-8, else binary. Where examples
     differ, the wider of int64, float and bytes counts, and `parse_examples` refuses what does not
-    convert. What does not parse is passed over. Raises ValueError, one line, for a label that is a
-    float or has several values, and for a column of which no sampled example has a value.
+    convert. What does not parse is passed over, and so are floats and several values where one
+    label should be. Raises ValueError, one line, where the label is nothing else, and for a column
+    of which no sampled example has a value.
     """
     names = [*keys.columns, *([keys.label] if keys.label else [])]
     values: dict[str, list[list[Any]]] = {name: [] for name in names}
@@ -54,18 +63,11 @@ def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
                 values[name].append(found)
 
     label: pa.DataType = pa.null()
-    if keys.label and values[keys.label]:
-        label = _scalar_type(values[keys.label])
-        if label == pa.float32():
-            raise ValueError(
-                f"the label feature {keys.label!r} is a float, a label is int64 or string: "
-                f"carry it along with --columns {keys.label}"
-            )
-        if (most := max(map(len, values[keys.label]))) > 1:
-            raise ValueError(
-                f"the label feature {keys.label!r} has up to {most} values, a label is one: carry "
-                f"them along with --columns {keys.label}"
-            )
+    if keys.label and (given := values[keys.label]):
+        fitting = [found for found in given if len(found) == 1 and type(found[0]) is not float]
+        if not fitting:
+            raise ValueError(no_label(keys.label, _describe(max(given, key=len))))
+        label = _scalar_type(fitting)
         if label == pa.binary():
             label = pa.string()
     columns = {}
@@ -76,6 +78,12 @@ def infer_types(examples: Sequence[bytes], keys: ExampleKeys) -> ExampleTypes:
         many = any(len(found) > 1 for found in values[name])
         columns[name] = pa.list_(scalar) if many else scalar
     return ExampleTypes(label, columns)
+
+
+def names_there(examples: Sequence[bytes], names: Sequence[str]) -> set[str]:
+    """Those of the features `names` that any of the serialized examples has a value of."""
+    rows = _rows(examples, names)
+    return {name for row in rows if row for name, found in row.items() if found}
 
 
 def parse_examples(

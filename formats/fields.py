@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from formats.example import ExampleKeys, ExampleTypes
+from formats.example import ExampleKeys, ExampleTypes, no_label
 from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
+_TOLD = 60  # characters of a value
 _DESCRIBED: dict[type, str] = {
     bool: "bool",
     int: "int64",
@@ -76,27 +77,22 @@ def numbers(texts: Sequence[Any]) -> list[Any]:
 def label_type(values: Iterable[Any], name: str) -> pa.DataType:
     """int64 where all `values` are integers (or bools), null where there are none, else string.
 
-    Raises ValueError, one line, for floats and whatever is no scalar.
+    Floats and whatever is no scalar are passed over: they will be failures of their own. Raises
+    ValueError, one line, where there is nothing else.
     """
     kinds = {type(value) for value in values if value is not None}
-    if wrong := kinds - {bool, int, str, bytes}:
-        raise ValueError(no_label(name, _kind_name(min(wrong, key=str))))
     if not kinds:
         return pa.null()
+    wrong = kinds - {bool, int, str, bytes}
+    if wrong == kinds:
+        raise ValueError(no_label(name, f"of type {_kind_name(min(wrong, key=str))}"))
+    kinds -= wrong
     return pa.int64() if kinds <= {bool, int} else pa.string()
 
 
 def no_type() -> pa.DataType:
     """The type of values that a sample lacks."""
     return pa.null()
-
-
-def no_label(name: str, kind: str) -> str:
-    """Why `name`, whose values are of `kind`, cannot be the label."""
-    return (
-        f"--label_key {name}: its values are of type {kind}, a label is int64 or string; carry it "
-        f"along with --columns {name}"
-    )
 
 
 def column_type(values: Iterable[Any], name: str) -> pa.DataType:
@@ -287,8 +283,8 @@ def _fitted(value: Any, name: str, kind: pa.DataType, error_class: str) -> Any:
     try:
         return fit(value, kind)
     except ValueError:
-        found = _kind_name(type(value))
-        raise ImageError(error_class, f"{name!r}: a {found} that is no {kind}") from None
+        told = f"{repr(value)[:_TOLD]} ({_kind_name(type(value))})"
+        raise ImageError(error_class, f"{name!r}: {told} cannot be {kind} unchanged") from None
 
 
 def parse_found(
@@ -306,7 +302,8 @@ def parse_found(
         if error is None and item.data is not None:
             results.append(ImageRecord(ref, item.data))
             continue
-        known = (digest(item.data), len(item.data)) if item.data else (None, item.size)
+        data = item.data
+        known = (None, item.size) if data is None else (digest(data), len(data))
         why = error or ImageError("MissingFeature", "there is no image")
         results.append(Failure.of(ref, "read", why, *known))
     return results

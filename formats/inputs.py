@@ -14,6 +14,7 @@ from formats import containers, example, fields, listing, parquet, replay, tfrec
 from formats.containers import CONTAINERS, PARQUET, TFRECORD, WEBDATASET, Wanted
 from formats.example import ExampleKeys, ExampleTypes
 from formats.fields import Found
+from formats.image import looks_like
 from formats.listing import Entry
 from formats.replay import Failed
 from formats.table import utf8
@@ -84,10 +85,10 @@ def detect_format(found: Sequence[FileInfo]) -> str:
 
     Raises OSError where the only one cannot be read.
 
-    `tfrecord` where every file is one, by its name or its beginning; `parquet`, `webdataset` or
-    `manifest` where every name ends as such and any of the first files begins so (a damaged one is
-    a failure of its own); otherwise `images`. Empty files, and those that cannot be read, tell
-    nothing unless their names do.
+    `tfrecord` where every file is one, by its name or its beginning; `parquet` or `webdataset`
+    where every name ends as such and any of the first files begins so (a damaged one is a failure
+    of its own); `manifest` where every name does and any holds no picture; otherwise `images`.
+    Empty files, and those that cannot be read, tell nothing unless their names do.
     """
     telling = [info for info in found if info.size or _tells_by_name(info.path)]
     if not telling:
@@ -99,7 +100,7 @@ def detect_format(found: Sequence[FileInfo]) -> str:
     for kind, endings, begins in (
         (PARQUET, parquet.ENDINGS, lambda info: _head(info).startswith(parquet.MAGIC)),
         (WEBDATASET, webdataset.ENDINGS, lambda info: webdataset.is_tar(_head(info))),
-        (MANIFEST, listing.ENDINGS, lambda info: listing.is_listing(_first_row(info), info.path)),
+        (MANIFEST, listing.ENDINGS, lambda info: looks_like(_head(info)) is None),
     ):
         if not all(info.path.lower().endswith(endings) for info in telling):
             continue
@@ -118,19 +119,12 @@ def _is_tfrecord(info: FileInfo) -> bool:
     return tfrecord.looks_like_tfrecord_name(info.path) or tfrecord.is_tfrecord(_head(info))
 
 
-def _head(info: FileInfo, most: int = _HEAD_BYTES) -> bytes:
+def _head(info: FileInfo) -> bytes:
     """The beginning of a file; nothing of one that cannot be read, which will be a failure row."""
     try:
-        return steady.read_at_most(info.path, most)
+        return steady.read_at_most(info.path, _HEAD_BYTES)
     except OSError:
         return b""
-
-
-def _first_row(info: FileInfo) -> bytes:
-    """The beginning of a manifest with all of its first row, which may hold long texts."""
-    head = _head(info)
-    whole = b"\n" in head.lstrip(b"\r\n") or len(head) == info.size
-    return head if whole else _head(info, listing.LINE_BYTES)
 
 
 def survey(
@@ -156,6 +150,7 @@ def survey(
         try:
             listed = list(files.find(pattern))
             found = [info for info in listed if not (output and _is_own(info.path, output))]
+            _check_names(pattern, found)
             if own := len(listed) - len(found):
                 warnings.append(
                     f"--input {pattern}: {own} of its files are what an earlier run wrote to "
@@ -173,6 +168,16 @@ def survey(
         if kind != IMAGES:
             warnings += _doubts(found)
     return sources, warnings
+
+
+def _check_names(pattern: str, found: Sequence[FileInfo]) -> None:
+    """Raise RequestError where two files have one name in rows, of which one would vanish."""
+    odd = {utf8(info.path) for info in found if utf8(info.path) != info.path}
+    if twice := odd and odd.intersection(info.path for info in found):
+        raise RequestError(
+            f"--input {pattern}: two files are both called {min(filter(None, twice))} in rows, for "
+            "the name of one is no UTF-8; rename it"
+        )
 
 
 def known_counts(sources: Iterable[Source]) -> dict[str, int]:
@@ -425,6 +430,26 @@ def infer_types(
         elif source.format == MANIFEST:
             found += _manifest_types(infos, source.pattern, keys)
     return fields.unify(found, keys.columns, known)
+
+
+def unseen(sources: Sequence[Source], keys: ExampleKeys, count: int) -> list[str]:
+    """The names of id and label, where the user gave them, that none of the first `count` records
+    of the TFRecords and tars has: a slip of the pen, or values that come later. Raises OSError.
+    """
+    asked = (keys.id, keys.label)
+    names = [name for name in asked if name and name != ExampleKeys().label]
+    given = [source for source in sources if source.format in (TFRECORD, WEBDATASET)]
+    if not names or not given:
+        return []
+    there = example.names_there(sample(given, count), names)
+    for source in given:
+        if source.format == WEBDATASET:
+            infos = itertools.islice((info for info in _find(source) if info.size), _SAMPLED_FILES)
+            items = _of_readable(infos, _walk_for_types(WEBDATASET, keys))
+            for item in itertools.islice(items, count):
+                if isinstance(item, Found):
+                    there |= {name for name in names if item.values.get(name) is not None}
+    return [name for name in names if name not in there]
 
 
 def any_picture(sources: Iterable[Source]) -> bool:

@@ -41,27 +41,12 @@ class Entry:
     wrong: _Wrong | None = None
 
 
-def is_listing(head: bytes, path: str) -> bool:
-    """Whether a file that begins with `head`, its first row, names images: the row has a `uri`."""
-    try:
-        if path.lower().endswith(CSV_ENDINGS):
-            header = next(csv.reader(io.StringIO(_first_line(head), newline="")), [])
-            return URI in map(str.strip, header)
-        return URI in json.loads(_first_line(head))
-    except (csv.Error, ValueError, TypeError, RecursionError):
-        return False
-
-
-def _first_line(head: bytes) -> str:
-    return head.decode("utf-8-sig", "surrogateescape").lstrip("\r\n").partition("\n")[0]
-
-
 def read_entries(stream: BinaryIO, path: str, names: Sequence[str]) -> Iterator[Entry]:
     """The rows of the manifest at `path`, with those of their values that `names` tells.
 
     It is CSV unless it is named .jsonl or .ndjson or begins with a brace. A `uri` without a scheme
-    is relative to the manifest. Raises ValueError, one line, for CSV whose header has no `uri`, and
-    errors of `stream`.
+    is relative to the manifest. Raises ValueError, one line, for CSV whose header has no
+    `uri` or two, and errors of `stream`.
     """
     buffered = io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
     as_json = path.lower().endswith(JSON_ENDINGS) or (
@@ -122,6 +107,8 @@ def _csv_rows(stream: BinaryIO, path: str) -> Iterator[dict[str, Any] | _Wrong]:
     if header is None:
         return
     header = [name.strip() for name in header]
+    if header.count(URI) > 1:
+        raise ValueError(f"{path}: has {header.count(URI)} columns {URI!r}; which is meant?")
     if URI not in header:
         told = ", ".join(header)[:200]
         raise ValueError(f"{path}: a manifest names images in a column {URI!r}; it has {told}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from formats import fields
-from formats.example import ExampleKeys, ExampleTypes
+from formats.example import ExampleKeys, ExampleTypes, no_label
 from formats.fields import Found
 from formats.records import ImageError
 from formats.tfrecord import Damage
@@ -133,7 +133,7 @@ def _label(name: str, kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_null(kind):
         return kind
-    raise ValueError(fields.no_label(name, str(kind)))
+    raise ValueError(no_label(name, f"of type {kind}"))
 
 
 def count_rows(stream: BinaryIO) -> int:

@@ -46,7 +46,7 @@ def is_tar(head: bytes) -> bool:
     """
     if head.startswith(GZIP):
         head = InflatedStream(ExactStream(io.BytesIO(head), None), b"").read(_BLOCK)
-    return _header(head[:_BLOCK]) is not None
+    return _header(head[:_BLOCK]) is not None or head[:_BLOCK] == _ZEROS  # one without members
 
 
 def read_images(

@@ -52,4 +52,5 @@ def flags_module() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="pipeline/beam_flags.py, written anew.").parse_args()
     Path(__file__).with_name("beam_flags.py").write_text(flags_module())

@@ -1,6 +1,6 @@
 """Extract image embeddings and logits to Parquet.
 
-    python -m pipeline.extract --input 'photos/*.jpg' --model models/nasnet_mobile --output out/a
+    python -m pipeline.extract --input 'photos/*.jpg' --model out/nasnet_mobile --output out/a
 
 On Dataflow the same with `--runner DataflowRunner --project P --region R --temp_location gs://B/t`.
 """

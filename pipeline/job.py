@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 import uuid
@@ -68,7 +69,10 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         if plan.sink == "null":
             if not waited:
                 return submitted(None, run_id, started)
-            return summary(None, *counted(result, options), started)
+            status, counts = counted(result, options)
+            if status == TOO_MANY:
+                _tell_of_failures(options.max_failure_rate, counts, counts["failures_by"])
+            return summary(None, status, counts, started)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
         if verdict is None and not waited:
             return submitted(plan.publication.output, run_id, started)
@@ -76,7 +80,10 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             raise RunError(f"run {run_id} ended without a verdict in {options.output}")
         with contextlib.suppress(OSError):  # of a store that is gone: the verdict stands
             if verdict["status"] != COMPLETE:
-                _tell_of_failures(plan.publication, verdict["run"])
+                folder = files.join(plan.publication.output, "_failed", run_id)
+                manifest = dataset.read_manifest(folder)
+                reasons = manifest["failures_by"] if manifest else {}
+                _tell_of_failures(options.max_failure_rate, verdict["run"], reasons, folder)
             elif not options.quiet:
                 _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
@@ -105,20 +112,19 @@ def _advise(output: str) -> None:
         log.info("%s", line)
 
 
-def _tell_of_failures(run: dataset.Publication, counts: Mapping[str, int]) -> None:
-    """Log why nothing was published, and what to do about it."""
-    folder = files.join(run.output, "_failed", run.run_id)
-    manifest = dataset.read_manifest(folder)
-    reasons = Counter(manifest["failures_by"]) if manifest else Counter()
-    often = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+def _tell_of_failures(
+    allowed: float, counts: Mapping[str, int], reasons: Mapping[str, int], folder: str | None = None
+) -> None:
+    """Log why nothing was published, and what to do about it; `folder` tells of each image."""
+    often = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common(3))
     log.error(
-        "%d of %d images failed (%s), more than --max_failure_rate %g allows, so nothing was "
-        "published; each is told of in %s; mend the input, or give a larger --max_failure_rate",
+        "%d of %d images failed (%s), more than --max_failure_rate %g allows%s; mend the input, or "
+        "give a larger --max_failure_rate",
         counts["failures"],
         counts["images"] - counts["skipped"],
         often,
-        run.max_failure_rate,
-        folder,
+        allowed,
+        f", so nothing was published; each is told of in {folder}" if folder else "",
     )
 
 
@@ -201,7 +207,13 @@ def submitted(output: str | None, run_id: str, started: float) -> dict[str, Any]
 
 
 def tell(result: Mapping[str, Any]) -> int:
-    """Print the JSON line as the last of stdout; returns the exit code."""
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
+    """Print the JSON line as the last of stdout; returns the exit code, whoever reads the line."""
+    line = json.dumps(result)
+    try:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except OSError as error:  # the reader has gone, or its disk is full: the run is what it is
+        log.warning("stdout takes no line (%s): %s", error, line)
+        with contextlib.suppress(OSError, ValueError):  # else Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_CODES[result["status"]]

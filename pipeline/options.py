@@ -27,6 +27,7 @@ INPUT_FORMATS = (
     "failures",
 )
 IMAGE_FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
+LARGEST_BATCH = 4096
 SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -34,7 +35,7 @@ def knob(default: Any, help: str, *, why: str = "", **spec: Any) -> Any:
     """A field with what its flag needs: `help` for the user, `why` the default is what it is.
 
     `spec` goes to argparse (`metavar`, `choices`, `type`, `action`), but `names`: a comma-separated
-    list, with the allowed values or () for any.
+    list, with the allowed values or () for any; and `shown`: the default in words.
     """
     metadata = {"help": help, "why": why, **spec}
     if isinstance(default, list):
@@ -44,18 +45,28 @@ def knob(default: Any, help: str, *, why: str = "", **spec: Any) -> Any:
 
 def byte_size(text: str) -> int:
     """Bytes from a count with or without a unit: `4096`, `64MiB`, `1GiB`."""
-    for unit, factor in SIZE_UNITS.items():
-        if text.endswith(unit):
-            return int(float(text[: -len(unit)]) * factor)
-    return int(text)
+    try:
+        for unit, factor in SIZE_UNITS.items():
+            if text.endswith(unit):
+                return int(float(text[: -len(unit)]) * factor)
+        return int(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of bytes; give such as 4096, 64MiB or 1GiB"
+        ) from None
 
 
 def value_range_of(text: str) -> tuple[float, float]:
     """Two numbers with a comma between, the lower first."""
-    low, high = map(float, text.split(","))
-    if not low < high:
-        raise ValueError(text)
-    return low, high
+    try:
+        low, high = map(float, text.split(","))
+        if low < high:
+            return low, high
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no range; give two numbers, the lower first, such as 0,1 or -1,1"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +104,8 @@ class Options:
     )
     label_key: str | None = knob(
         "image/class/label",
-        "feature or column that becomes the row's label, int64 or string; in a tar the member of "
-        "that extension, or the field of its json",
+        "feature or column that becomes the row's label, int64 or string, '' for none; in a tar "
+        "the member of that extension, or the field of its json",
         metavar="NAME",
         why="the name in TensorFlow's ImageNet records; in a tar it means cls; absent labels are "
         "null",
@@ -159,7 +170,8 @@ class Options:
         "vectors to write",
         metavar="NAMES",
         names=("embedding", "logits"),
-        why="none named: all that the model has, since one pass gives both",
+        shown="all that the model has",
+        why="one pass gives both",
     )
     top_k: int = knob(
         0, "also write the K highest classes and their softmax scores", metavar="K", type=int
@@ -183,8 +195,8 @@ class Options:
     )
     jpeg_scaling: str = knob(
         "auto",
-        "JPEG's scaled decoding where the picture is at least twice the target both ways, with "
-        "filter antialias; off: never",
+        "JPEG's scaled decoding to what is still at least twice the target both ways, with filter "
+        "antialias; off: never",
         choices=("auto", "off"),
         why="large photographs decode several times faster for 0.2 to 0.3 levels of difference",
     )
@@ -340,6 +352,11 @@ class Options:
         for name in ("input", "model", "output"):
             if not getattr(self, name) and (name, self.sink) != ("output", "null"):
                 raise RequestError(f"--{name} is required; see --help")
+        if "" in map(str.strip, self.input):
+            raise RequestError(
+                '--input "": names nothing, and the folder at hand would be read; was a variable '
+                "empty?"
+            )
         for name in (
             "limit",
             "image_size",
@@ -353,6 +370,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} {value}: must be at least 1")
+        if self.batch_size is not None and self.batch_size > LARGEST_BATCH:
+            raise RequestError(
+                f"--batch_size {self.batch_size}: at most {LARGEST_BATCH}; memory would run out, "
+                "and nothing is faster for it"
+            )
         if not 0 < self.decode_seconds <= 86400:
             raise RequestError(
                 f"--decode_seconds {self.decode_seconds:g}: more than 0, at most a day (86400)"
@@ -438,6 +460,7 @@ def parser() -> argparse.ArgumentParser:
         spec = dict(knob_field.metadata)
         text = spec.pop("help") + _default_text(knob_field)
         spec.pop("why")
+        spec.pop("shown", None)
         if "names" in spec:
             spec |= {"type": names_list(spec.pop("names")), "action": "extend"}
         result.add_argument(
@@ -450,6 +473,8 @@ def default_shown(knob_field: dataclasses.Field[Any]) -> str:
     """The default as help and README show it: `required`, `none`, `off` or the value."""
     if knob_field.name in ("input", "model", "output"):
         return "required"
+    if "shown" in knob_field.metadata:
+        return str(knob_field.metadata["shown"])
     if knob_field.default_factory is not dataclasses.MISSING:
         return ",".join(knob_field.default_factory()) or "none"
     if knob_field.default is None:
@@ -485,7 +510,7 @@ def check_beam_flags(rest: Sequence[str]) -> None:
     for word in rest:
         if not word.startswith("--"):
             if not value_may_follow:
-                raise RequestError(f"{word}: belongs to no flag; inputs are given with --input")
+                raise RequestError(f"{word}: belongs to no flag; see --help")
             value_may_follow = False
             continue
         name, _, value = word[2:].partition("=")

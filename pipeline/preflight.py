@@ -48,6 +48,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     stored = [*options.input, *filter(None, [output, options.class_names])]
     if not handles.archive_url(options.model):
         stored.append(options.model)
+    stored = list(map(files.absolute, stored))
+    warnings: list[str] = []  # told when nothing stands in the way: what does has a line of its own
     if any(map(files.is_remote, stored)) or beam_args:
         _check_beam_flags(beam_args)
         files.configure_stores(beam_args)
@@ -56,7 +58,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         dataflow.check(options, beam_args)
         workers = dataflow.workers(options, beam_args)
         if dataflow.unbounded(beam_args):
-            log.warning("--max_num_workers is not given: the service's own bound is thousands")
+            warnings.append("--max_num_workers is not given: the service's own bound is thousands")
     elif options.gpu:
         raise RequestError(
             f"--gpu {options.gpu}: asks Dataflow for one, and only it; other runners use the GPU "
@@ -65,21 +67,20 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
     for path in stores.values():
         reach.check(path)
-    before = _check_output(output, options.if_exists) if writes else None
+    before = _check_output(output, options.if_exists, warnings) if writes else None
     directory = handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
-    sources, warnings = inputs.survey(
+    sources, doubts = inputs.survey(
         options.input, options.input_format, options.allow_empty, output
     )
-    for warning in warnings:
-        log.warning("%s", utf8(warning))  # not all that takes logs can take other text
+    warnings += doubts
     there = None  # the schema of rows beside which the run's will stand
     if options.if_exists == "resume":
         there = dataset.features_schema(output, before)
     keys = example.ExampleKeys(
-        options.image_key, options.id_key, options.label_key, _as_in(there, options.columns)
+        options.image_key, options.id_key, options.label_key or None, _as_in(there, options.columns)
     )
-    types = _types(sources, keys, there)
+    types = _types(sources, keys, there, warnings)
     if writes:
         reach.soon(output, lambda: files.check_writable(output))
 
@@ -115,7 +116,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.engine,
     )
     if options.precision == "bfloat16" and not BFLOAT16 and not workers:
-        log.warning(
+        warnings.append(
             "--precision bfloat16: this CPU has none (no AVX-512), so the layers stay in float32: "
             "no faster, and no further from it"
         )
@@ -201,6 +202,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Finished.write(finished, resumed.finished)
         if not files.is_remote(finished):
             files.NewFile.track(finished)  # an interrupted run takes it along
+    for warning in warnings:
+        log.warning("%s", utf8(hide(warning)))  # not all that takes logs can take other text
     return Plan(
         tuple(sources),
         Reading(
@@ -301,8 +304,10 @@ def _check_beam_flags(beam_args: Sequence[str]) -> None:
         raise RequestError(problems[0])
 
 
-def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
+def _check_output(output: str, if_exists: str, warnings: list[str]) -> dict[str, Any] | None:
     try:
+        if files.is_file(output):
+            raise RequestError(f"--output {output}: is a file; give a folder, or a name for one")
         refused = if_exists == "error" and files.occupied(output)
         if refused:
             raise RequestError(
@@ -311,10 +316,9 @@ def _check_output(output: str, if_exists: str) -> dict[str, Any] | None:
             )
         before = dataset.replaceable_manifest(output, if_exists)
         if before is None and files.is_file(files.join(output, "manifest.json")):
-            log.warning(
-                "%s: its manifest cannot be read and will be replaced; data files that it named "
-                "are not known any more and stay until a resumed run or a person removes them",
-                output,
+            warnings.append(
+                f"{output}: its manifest cannot be read and will be replaced; data files that it "
+                "named are not known any more and stay until a resumed run or a person removes them"
             )
         return before
     except OSError as error:
@@ -342,7 +346,10 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _types(
-    sources: Sequence[inputs.Source], keys: example.ExampleKeys, there: pa.Schema | None
+    sources: Sequence[inputs.Source],
+    keys: example.ExampleKeys,
+    there: pa.Schema | None,
+    warnings: list[str],
 ) -> example.ExampleTypes:
     known = None
     if there:
@@ -354,6 +361,7 @@ def _types(
     asked = bool(keys.columns or keys.id or labelled)
     try:
         types = inputs.infer_types(sources, keys, _SAMPLE, known)
+        unseen = inputs.unseen(sources, keys, _SAMPLE)
         pictures = types is None and asked and inputs.any_picture(sources)
     except ValueError as error:
         raise RequestError(str(error)) from None
@@ -364,9 +372,12 @@ def _types(
             f"--columns {','.join(keys.columns)}: image files have no features to carry"
         )
     if pictures and keys.id:
-        log.warning("--id_key %s: image files have no features; keys are their paths", keys.id)
+        warnings.append(f"--id_key {keys.id}: image files have no features; keys are their paths")
     if pictures and labelled:
-        log.warning("--label_key %s: image files have no features, and so no label", keys.label)
+        warnings.append(f"--label_key {keys.label}: image files have no features, and so no label")
+    for name in unseen:
+        flag, without = ("id", "keys are URI#index") if name == keys.id else ("label", "it is null")
+        warnings.append(f"--{flag}_key {name}: none of the first images has it; {without} then")
     return types or known or example.ExampleTypes(pa.int64(), {})
 
 

@@ -6,6 +6,7 @@ A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -40,5 +41,8 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description="The generated parts of README.md and docs/SCALE.md, written anew."
+    ).parse_args()
     for document in (README, SCALE):
         document.write_text(rendered(document.read_text()))

@@ -69,6 +69,7 @@ def test_too_many_failures_are_told_without_an_output_too(job, pictures):
     flags = {**FLAGS, "max_failure_rate": 0.3}  # 3 of 8
     ran = job(pictures, sink="null", **flags)
     assert (ran.code, ran.line["status"], ran.line["output"]) == (3, "too_many_failures", None)
+    assert f"{BAD + 1} of {GOOD + BAD + 1} images failed" in ran.stderr
 
 
 def test_an_output_that_is_there_is_left_alone(job, pictures, tmp_path):

@@ -823,7 +823,7 @@ def test_the_difference_is_told_down_to_the_leaf():
     now["keys"][1] = "id"
     text = {dataset.ROW_META.encode(): json.dumps(there).encode()}
     assert dataset._other_rows(text, now) == (
-        'class_names[1000] (null, now "more"), keys (["image", null], now ["image", "id"]), '
+        'class_names[1000] (null, now "more"), keys.id_key (null, now "id"), '
         'preprocessing.fit ("stretch", now "pad"), preprocessing.formats[53] ("f", now "x")'
     )
     assert dataset._other_rows(text, there) is None
@@ -973,6 +973,14 @@ MANIFEST = (
     '{"format_version": 1, "run_id": "r", "status": "complete", "counts": {}, "run": {}, '
     '"files": %s}'
 )
+
+
+def test_only_a_manifest_of_a_newer_version_is_not_overwritten(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format_version": 2}')
+    with pytest.raises(RequestError, match="newer"):
+        dataset.replaceable_manifest(str(tmp_path), "overwrite")
+    (tmp_path / "manifest.json").write_text("damaged")
+    assert dataset.replaceable_manifest(str(tmp_path), "overwrite") is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.example import ExampleKeys, ExampleTypes, infer_types, parse_examples
+from formats.example import (
+    ExampleKeys,
+    ExampleTypes,
+    infer_types,
+    names_there,
+    parse_examples,
+)
 from formats.records import Failure, ImageRecord, ImageRef
 from formats.tfrecord import Record
 
@@ -429,17 +435,25 @@ def test_the_type_of_the_label(labels, expected):
 
 
 def test_a_float_label_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=f"{LABEL}' is a float.*--columns {LABEL}") as error:
+    with pytest.raises(ValueError, match=f"--label_key {LABEL}: .*one float.*'' for none") as error:
         infer_types([example({LABEL: [0.5]})], KEYS)
     assert "\n" not in str(error.value)
     assert infer_types([example({LABEL: [0.5]})], ExampleKeys(label=None)).label == pa.null()
 
 
-def test_a_label_of_several_values_is_a_wrong_request():
-    examples = [example({LABEL: [1]}), example({LABEL: [1, 2, 3]})]
-    with pytest.raises(ValueError, match=f"has up to 3 values.*--columns {LABEL}"):
-        infer_types(examples, KEYS)
-    assert infer_types(examples, ExampleKeys(label=None)).label == pa.null()
+def test_labels_of_several_values_alone_are_a_wrong_request():
+    several = [example({LABEL: [1, 2]}), example({LABEL: [1, 2, 3]})]
+    with pytest.raises(ValueError, match=f"--label_key {LABEL}: .*3 values of int64"):
+        infer_types(several, KEYS)
+    assert infer_types(several, ExampleKeys(label=None)).label == pa.null()
+    assert infer_types([*several, example({LABEL: [0.5]}), example({LABEL: [b"a"]})], KEYS) == (
+        infer_types([example({LABEL: [b"a"]})], KEYS)
+    )
+
+
+def test_which_features_are_there():
+    examples = [example({LABEL: [1], "a": []}), b"no example", example({"b": [b"x"]})]
+    assert names_there(examples, ["a", "b", LABEL, "c"]) == {"b", LABEL}
 
 
 @pytest.mark.parametrize(

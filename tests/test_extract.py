@@ -887,6 +887,14 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
         ({"columns": "key"}, "key"),
         ({"max_failure_rate": "10"}, "0 to 1"),
         ({"batch_size": "0"}, "at least 1"),
+        ({"batch_size": "1000000"}, "at most 4096"),
+        ({"input": ""}, "names nothing"),
+        ({"input": "gs://"}, "names no bucket"),
+        ({"output": __file__}, "is a file"),
+        ({"model": __file__}, ": a file, and no .tar.gz"),
+        ({"model": "/nowhere/nasnet_mobil"}, "did you mean nasnet_mobile?"),
+        ({"max_image_bytes": "many"}, "such as 4096, 64MiB"),
+        ({"value_range": "5,5"}, "such as 0,1 or -1,1"),
         ({"formats": "jpeg,heic"}, "heic"),
         ({"runner": "NoSuchRunner"}, "NoSuchRunner"),
         ({"direct_num_workers": "many"}, "direct_num_workers"),
@@ -1008,6 +1016,61 @@ def test_a_fault_before_the_graph_is_one_line_and_the_json(tmp_path, job, monkey
     assert "LookupError: at https://h/m?token=*** second line" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert "s3cret" not in ran.stderr
+
+
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_a_complete_run_is_complete_whoever_reads_its_line(tmp_path, reader):
+    folder = write_pictures(tmp_path / "in", different(1))
+    call = [sys.executable, "-m", "pipeline.extract", "--input", str(folder), "--quiet"]
+    call += ["--model", exports.exported("saved_model", "classification")]
+    call += ["--output", str(tmp_path / "out")]
+    if reader == "full":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, out = os.pipe()
+        os.close(end)
+    ended = subprocess.run(call, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(out)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert '"status": "complete"' in ended.stderr
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_names_that_rows_would_show_alike_are_refused(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    for name in (b"bad\xff.jpg", b"bad\\xff.jpg"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(jpeg())
+    ran = job(folder)
+    assert (ran.code, ran.line) == (2, None)
+    assert "two files are both called" in ran.stderr
+
+
+def test_a_slip_in_the_name_of_id_or_label_is_told(tmp_path, job):
+    path = tmp_path / "a.tfrecord"
+    with path.open("wb") as stream:
+        for number in range(2):
+            features = {"image/encoded": jpeg(40 + number, 30), "id": b"%d" % number}
+            write_record(stream, serialize_example(features))
+    ran = job(path, id_key="ID", label_key="lable")
+    assert ran.code == 0
+    told = ["--id_key ID: none of the first images", "--label_key lable: none of the first images"]
+    assert [line[: len(one)] for line, one in zip(ran.manifest["warnings"], told, strict=True)] == (
+        told
+    )
+    ran = job(path, id_key="id", label_key="", output=tmp_path / "other")
+    assert ran.manifest["warnings"] == []
+    assert set(ran.rows("features")) == {"0", "1"}
+
+
+def test_local_places_may_be_given_as_file_uris(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    model = exports.exported("saved_model", "classification")
+    out = tmp_path / "out"
+    ran = job(f"file://{folder}", model=f"file://{model}", output=f"file://{out}")
+    assert (ran.code, ran.line["output"]) == (0, str(out))
+    (key,) = pq.read_table(out / "features")["key"].to_pylist()
+    assert Path(key).parent == folder
 
 
 def test_wrong_flags_are_told_without_traceback_by_the_process(tmp_path):

@@ -97,6 +97,19 @@ def test_features_carry_all_that_is_known_of_the_image():
     assert (result.sha256, result.width, result.height) == (f"{5:064x}", 7, 8)
 
 
+def test_pythons_own_lack_of_memory_halves_the_batch_too(monkeypatch):
+    zeros = np.zeros
+
+    def scarce(shape, dtype):
+        if shape[0] > 2:
+            raise MemoryError("unable to allocate")
+        return zeros(shape, dtype)
+
+    monkeypatch.setattr(np, "zeros", scarce)
+    results, after, sizes = run(range(4))
+    assert (failed(results), after, sizes) == ([], 2, [2, 2])
+
+
 def test_padding_is_zeros_and_is_cut_off():
     seen = []
     model = SimpleNamespace(info=None)

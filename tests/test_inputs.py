@@ -109,7 +109,9 @@ def names(unit):
         ({"a.tar.gz": gzip.compress(b"x")}, IMAGES),
         ({"a.csv": LIST}, MANIFEST),
         ({"a.csv": LIST, "b.jsonl": b'{"uri": "x"}', "c.ndjson": b'{"uri": "x"}'}, MANIFEST),
-        ({"a.csv": b"url\nx\n"}, IMAGES),
+        ({"a.csv": b"url\nx\n"}, MANIFEST),  # which is told then
+        ({"a.csv": JPEG}, IMAGES),
+        ({"a.tar": bytes(10240)}, WEBDATASET),  # of no members
         ({"a.jsonl": b'{"text": "%s", "uri": "x"}\n' % (b"long " * 9999)}, MANIFEST),
         ({"a.csv": b"%s,uri\n" % (b"name," * 9999)}, MANIFEST),
         ({"a.csv": LIST, "a.jpg": JPEG}, IMAGES),

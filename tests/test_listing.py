@@ -11,7 +11,7 @@ import pytest
 from beams import pipe
 from servers import http_site
 
-from formats import inputs, listing
+from formats import inputs
 from formats.example import ExampleKeys, ExampleTypes
 from formats.inputs import MANIFEST, Source, list_units, survey
 from formats.listing import Entry, infer_types, read_entries, resolve
@@ -103,7 +103,6 @@ def test_a_row_that_is_wrong_is_told_and_the_next_one_read(text, path, told):
 def test_names_in_a_header_of_csv_may_stand_between_spaces():
     (entry,) = entries("label, uri ,n\ncat,a.jpg,1\n", names=("label", "n"))
     assert (entry.key, entry.values) == ("a.jpg", {"label": "cat", "n": "1"})
-    assert listing.is_listing(b"label, uri ,n\n", "/d/a.csv")
 
 
 def test_an_open_quote_tells_how_many_lines_it_took():
@@ -144,21 +143,13 @@ def test_where_an_image_lies(uri, base, path):
 
 
 @pytest.mark.parametrize(
-    ("head", "path", "expected"),
-    [
-        (b"uri,label\n", "a.csv", True),
-        (b'label,"uri"\r\nx', "a.CSV", True),
-        (b"url,label\n", "a.csv", False),
-        (b'{"uri": "x"}\n', "a.jsonl", True),
-        (b'{"url": "x"}\n', "a.ndjson", False),
-        (b"", "a.csv", False),
-        (b"\xff\xfe", "a.csv", False),
-        (b"[1, 2]", "a.jsonl", False),
-        (b"7", "a.jsonl", False),
-    ],
+    ("text", "told"),
+    [("URI,label\na.jpg,1\n", "it has URI, label"), ("uri,uri\na,b\n", "has 2 columns 'uri'")],
 )
-def test_a_manifest_is_known_by_its_first_row(head, path, expected):
-    assert listing.is_listing(head, path) == expected
+def test_a_header_without_one_uri_is_a_wrong_request(text, told):
+    with pytest.raises(ValueError, match="/d/list") as caught:
+        list(entries(text))
+    assert told in str(caught.value)
 
 
 # ---------------------------------------------------------------- types

@@ -192,7 +192,7 @@ def test_only_what_is_asked_for_is_read():
         ({"image": pictures(1), "label": [1]}, ExampleKeys("image", label="lable"), "nearest: lab"),
         ({"image": pictures(1), "a": [1]}, ExampleKeys("image", id="id"), "--id_key id: no such"),
         ({"image": pictures(1), "a": [.5]}, ExampleKeys("image", id="a"), "is double, not string"),
-        ({"image": pictures(1), "a": [.5]}, ExampleKeys("image", label="a"), "--columns a"),
+        ({"image": pictures(1), "a": [.5]}, ExampleKeys("image", label="a"), "--label_key a"),
         ({"image": pictures(1)}, ExampleKeys("image", columns=("imag",)), "--columns imag: no suc"),
         ({"image": pictures(1), "s": [{"a": 1}]}, ExampleKeys("image", columns=("s",)), "struct"),
         ({"image": pictures(1), "s": [[[1]]]}, ExampleKeys("image", columns=("s",)), "list"),

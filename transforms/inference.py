@@ -56,7 +56,7 @@ def infer_batch(
             continue
         try:
             vectors = run_padded(model, [images[i].pixels for i in rows], size)
-        except OutOfMemory as error:
+        except (OutOfMemory, MemoryError) as error:
             if size == 1:
                 raise RunError(
                     f"the device has no memory for a batch of one image ({error})"
