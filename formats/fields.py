@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from formats.example import ExampleKeys, ExampleTypes, no_label
 from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key
+from storage.secrets import hide
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
@@ -283,7 +284,7 @@ def _fitted(value: Any, name: str, kind: pa.DataType, error_class: str) -> Any:
     try:
         return fit(value, kind)
     except ValueError:
-        told = f"{repr(value)[:_TOLD]} ({_kind_name(type(value))})"
+        told = f"{hide(repr(value))[:_TOLD]} ({_kind_name(type(value))})"
         raise ImageError(error_class, f"{name!r}: {told} cannot be {kind} unchanged") from None
 
 
