@@ -133,7 +133,8 @@ def told(capsys):
         capsys.readouterr()
         code = models.main(argv)
         out, err = capsys.readouterr()
-        assert err.count("\n") == (code != 0), err
+        assert err.count("\n") <= 1, err
+        assert err.startswith("error: ") == (code != 0), err
         return code, out, err
 
     return call
