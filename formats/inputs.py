@@ -133,7 +133,8 @@ def survey(
     """The sources that `patterns` stand for, and warnings about what looks incomplete.
 
     What an earlier run made in `output` is left out of them, with a warning. Raises RequestError
-    for a pattern that matches nothing (unless `allow_empty`) or cannot be listed.
+    for a pattern that matches nothing (unless `allow_empty`), cannot be listed, or holds two files
+    that rows would show by one name.
     """
     sources, warnings = [], []
     output = output.rstrip("/")
@@ -424,12 +425,16 @@ def infer_types(
         if source.format == PARQUET:
             found += _parquet_types(infos, keys)
         elif source.format == WEBDATASET:
-            items = _of_readable(infos, _walk_for_types(WEBDATASET, keys))
-            images = [i for i in itertools.islice(items, count) if isinstance(i, Found)]
+            images = _images_of_tars(infos, keys, count)
             found += [fields.infer_types(images, keys)] if images else []
         elif source.format == MANIFEST:
             found += _manifest_types(infos, source.pattern, keys)
     return fields.unify(found, keys.columns, known)
+
+
+def _images_of_tars(infos: Iterable[FileInfo], keys: ExampleKeys, count: int) -> list[Found]:
+    items = _of_readable(infos, _walk_for_types(WEBDATASET, keys))
+    return [item for item in itertools.islice(items, count) if isinstance(item, Found)]
 
 
 def unseen(sources: Sequence[Source], keys: ExampleKeys, count: int) -> list[str]:
@@ -445,10 +450,8 @@ def unseen(sources: Sequence[Source], keys: ExampleKeys, count: int) -> list[str
     for source in given:
         if source.format == WEBDATASET:
             infos = itertools.islice((info for info in _find(source) if info.size), _SAMPLED_FILES)
-            items = _of_readable(infos, _walk_for_types(WEBDATASET, keys))
-            for item in itertools.islice(items, count):
-                if isinstance(item, Found):
-                    there |= {name for name in names if item.values.get(name) is not None}
+            for image in _images_of_tars(infos, keys, count):
+                there |= {name for name in names if image.values.get(name) is not None}
     return [name for name in names if name not in there]
 
 

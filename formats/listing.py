@@ -154,7 +154,8 @@ def infer_types(entries: Sequence[Entry], path: str, keys: ExampleKeys) -> Examp
     """The types of label and columns as a sample of a manifest's rows shows them.
 
     Cells of CSV are numbers where all of the sample are. Raises ValueError, one line, for a name
-    that no sampled row has (but the default label, which is null then), and for float labels.
+    that no sampled row has (but the default label, which is null then), and where all labels are
+    floats.
     """
     rows = [entry for entry in entries if not entry.wrong]
     if not rows:

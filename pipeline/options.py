@@ -84,10 +84,11 @@ class Options:
         "how to read it; webdataset is tars, manifest is csv or jsonl with a `uri` in each row, "
         "failures tries again what failed in an earlier run's --output",
         choices=INPUT_FORMATS,
-        why="by content and ending; parquet, webdataset and manifest where every file has its name "
-        "(.parquet, .parq, .pq; .tar, .tar.gz, .tgz; .csv, .jsonl, .ndjson) and any of "
-        "the first ones begins so; a directory that otherwise holds any file that is no TFRecord "
-        "is images; failures is never guessed",
+        why="by content and ending; parquet and webdataset where every file has its name "
+        "(.parquet, .parq, .pq; .tar, .tar.gz, .tgz) and any of the first ones begins so; manifest "
+        "where every one has its name (.csv, .jsonl, .ndjson) and any of the first is no picture; "
+        "a directory that otherwise holds any file that is no TFRecord is images; failures is "
+        "never guessed",
     )
     image_key: str = knob(
         "image/encoded",

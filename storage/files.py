@@ -227,14 +227,10 @@ def occupied(folder: str) -> bool:
         return bool(_match(_below(folder), limit=1))
     if not os.path.isdir(folder):
         return os.path.lexists(folder)
-    for below, folders, names in os.walk(folder, onerror=_fail):
+    for below, folders, names in os.walk(folder, onerror=_raise):
         if names or any(os.path.islink(os.path.join(below, name)) for name in folders):
             return True
     return False  # empty folders, which a killed run leaves, are no objects
-
-
-def _fail(error: OSError) -> None:
-    raise error
 
 
 def is_file(path: str) -> bool:

@@ -178,16 +178,21 @@ def test_find_takes_names_that_are_no_utf8(tmp_path):
     assert found(tmp_path) == ["caf\udce9.jpg"]
 
 
-def test_find_raises_where_a_folder_below_refuses(tmp_path, monkeypatch):
-    tree(tmp_path, "a.jpg", "locked/b.jpg")  # a real chmod does not stop root
-    scandir = os.scandir
+def refuse(monkeypatch, call, name):
+    """`os.<call>` refuses what is named so; a real chmod does not stop root."""
+    real = getattr(os, call)
 
-    def refuse(path):
-        if str(path).endswith("locked"):
+    def refusing(path, **how):
+        if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
+        return real(path, **how)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, call, refusing)
+
+
+def test_find_raises_where_a_folder_below_refuses(tmp_path, monkeypatch):
+    tree(tmp_path, "a.jpg", "locked/b.jpg")
+    refuse(monkeypatch, "scandir", "locked")
     with pytest.raises(PermissionError):
         found(tmp_path)
 
@@ -196,31 +201,17 @@ def test_find_raises_where_a_folder_below_refuses(tmp_path, monkeypatch):
 def test_a_glob_raises_where_a_folder_refuses(tmp_path, monkeypatch, pattern):
     tree(tmp_path, "a/a.jpg", "locked/b.jpg")
     assert "locked/b.jpg" in found(tmp_path, pattern)
-    listdir = os.listdir
-
-    def refuse(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", path)
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", refuse)
+    refuse(monkeypatch, "listdir", "locked")
     with pytest.raises(PermissionError):
         found(tmp_path, pattern)
 
 
-def test_a_file_that_cannot_be_asked_for_raises(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pattern", ["locked", "locked/b.jpg", "locked/*"])
+def test_a_file_that_cannot_be_asked_for_raises(tmp_path, monkeypatch, pattern):
     tree(tmp_path, "locked/b.jpg")
-    stat = os.stat
-
-    def refuse(path, **how):
-        if str(path).endswith("b.jpg"):
-            raise PermissionError(13, "Permission denied", path)
-        return stat(path, **how)
-
-    monkeypatch.setattr(os, "stat", refuse)
-    for pattern in ("locked", "locked/b.jpg", "locked/*"):
-        with pytest.raises(PermissionError):
-            found(tmp_path, pattern)
+    refuse(monkeypatch, "stat", "b.jpg")
+    with pytest.raises(PermissionError):
+        found(tmp_path, pattern)
 
 
 PARTS = ["*", "**", "a", "b", "*.jpg", ".*", "[ab]*", "?", "link", "e[[]1].jpg", "c["]
