@@ -31,17 +31,20 @@ class Timed(Protocol):
     seconds: float
 
 
-def timed(several: Callable[[int], int], request: Timed | Any) -> dict[str, float]:
+def timed(
+    several: Callable[[int], int], request: Timed | Any, at_once: int | None = None
+) -> dict[str, float]:
     """`several(n)` runs n batches and returns how many images that were: figures of a steady state.
 
-    Warms up first, then runs so many batches at once as take about `request.seconds`.
+    Warms up with `at_once` batches (one a core of this process), then runs so many as take about
+    `request.seconds`.
     """
-    cores = os.cpu_count() or 1
-    several(cores)
+    at_once = at_once or len(os.sched_getaffinity(0))
+    several(at_once)
     start = time.perf_counter()
-    several(2 * cores)
-    one = (time.perf_counter() - start) / (2 * cores)
-    count = max(2 * cores, int(request.seconds / one))
+    several(2 * at_once)
+    one = (time.perf_counter() - start) / (2 * at_once)
+    count = max(2 * at_once, int(request.seconds / one))
     start, cpu = time.perf_counter(), time.process_time()
     images = several(count)
     return {

@@ -119,7 +119,7 @@ def _line(
     def several(count: int) -> int:
         return sum(pool.map(lambda _: len(next(iter(function(pixels).values()))), range(count)))
 
-    steady = timed(several, request)
+    steady = timed(several, request, lanes)
     memory = tf.config.experimental.get_memory_info("GPU:0")["peak"] if GPUS else None
     return {
         "images_per_second": steady["images"] / steady["steady_seconds"],

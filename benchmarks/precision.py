@@ -1,11 +1,12 @@
 """How far bfloat16 is from float32 on real photographs, for every network and vector.
 
-    python -m benchmarks.precision --networks nasnet_mobile nasnet_large
+    python -m benchmarks.precision --networks nasnet_mobile nasnet_large --engines tensorflow
 
-Seeded weights, the photographs of the scikit-image package. Each network and precision runs in a
-process of its own. cosine: the least and the mean over the photographs. relative error: the
-largest |bfloat16 - float32| of a photograph's vector over its largest |float32|, and the worst of
-all; and the length of the difference over the length of the vector.
+Seeded weights, the photographs of the scikit-image package. Each network, precision and engine runs
+in a process of its own; bfloat16 by either engine is held against TensorFlow's float32. cosine: the
+least and the mean over the photographs. relative error: the largest |bfloat16 - float32| of a
+photograph's vector over its largest |float32|, and the worst of all; and the length of the
+difference over the length of the vector.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from benchmarks.throughput import Place
 
 PART = "precision"
 NETWORKS = ("nasnet_mobile", "pnasnet_mobile", "nasnet_large", "pnasnet_large")
+ENGINES = {"tensorflow": "", "openvino": ", by OpenVINO"}  # as the table shows them
 
 
 def compare(fast: np.ndarray, exact: np.ndarray) -> dict[str, float]:
@@ -44,13 +47,13 @@ def compare(fast: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     }
 
 
-def vectors(model: str, precision: str, file: str) -> None:
+def vectors(model: str, precision: str, engine: str, file: str) -> None:
     """Write the vectors of all photographs by `model` to the .npz `file`."""
     from formats.image import Preprocessing, decode_image
     from models.loading import LoadSpec, load
     from pipeline.demo import photographs
 
-    loaded = load(LoadSpec(model, precision=precision))
+    loaded = load(LoadSpec(model, precision=precision, engine=engine))
     how = Preprocessing(loaded.info.image_size)
     pixels = np.stack([decode_image(data, how)[0] for _, data in photographs()])
     found = [loaded(pixels[at : at + 5]) for at in range(0, len(pixels), 5)]
@@ -80,7 +83,8 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=NETWORKS, choices=NETWORKS)
-    parser.add_argument("--vectors", nargs=3, metavar=("MODEL", "PRECISION", "FILE"))
+    parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--vectors", nargs=4, metavar=("MODEL", "PRECISION", "ENGINE", "FILE"))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "benchmark")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
     request = parser.parse_args()
@@ -89,16 +93,21 @@ def main() -> None:
     place = Place(request.work)
     for network in request.networks:
         model = place.prepared(network)
-        made = {}
-        for precision in ("float32", "bfloat16"):
-            file = place.folder / f"{network}-{precision}.npz"
+
+        def made(precision: str, engine: str, of: str = network, by: str = model) -> Any:
+            file = place.folder / f"{of}-{precision}-{engine}.npz"
             own = [sys.executable, "-m", "benchmarks.precision", "--vectors"]
-            subprocess.run([*own, model, precision, str(file)], check=True)
-            made[precision] = np.load(file)
-        for name in made["float32"]:
-            figures = compare(made["bfloat16"][name], made["float32"][name])
-            results.add(request.results, PART, f"{network}, {name}", figures)
-            note(f"{network}, {name}: cosine {figures['least_cosine']:.5f}")
+            subprocess.run([*own, by, precision, engine, str(file)], check=True)
+            return np.load(file)
+
+        exact = made("float32", "tensorflow")
+        for engine in request.engines:
+            fast = made("bfloat16", engine)
+            for name in exact:
+                figures = compare(fast[name], exact[name])
+                shown = f"{network}, {name}{ENGINES[engine]}"
+                results.add(request.results, PART, shown, figures)
+                note(f"{shown}: cosine {figures['least_cosine']:.5f}")
     results.show_each(request.results, PART, table)
 
 
