@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.pictures import write_records
+from benchmarks.pictures import write_files, write_records
 from benchmarks.processes import note, run
 
 PART = "throughput"
@@ -76,6 +76,7 @@ class Contender:
 
     `steady`: it times itself on pixels in memory. `share`: of the images between small and large.
     `first`: flags of a short run that tells when the first row could be read in a file.
+    `files`: its pictures lie in files of their own.
     """
 
     shown: str
@@ -83,6 +84,7 @@ class Contender:
     steady: bool = False
     share: float = 1.0
     first: tuple[str, ...] = ()
+    files: bool = False
 
 
 def _python(module: str, *flags: str) -> list[str]:
@@ -187,6 +189,7 @@ CONTENDERS: dict[str, Contender] = {
     "ours_f32_embedding": Contender(
         "ours, float32, embedding alone", ours("--outputs", "embedding")
     ),
+    "ours_f32_files": Contender("ours, float32, a file a picture", ours(), files=True),
     "stock_two_passes": Contender(
         "RunInference over hub.KerasLayer, two passes", stock(*_BOTH), share=0.2
     ),
@@ -260,15 +263,20 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def make(contender: Contender, place: Place, images: Sequence[int], shards: int) -> dict[int, str]:
-    """The small and the large records of a contender, by their size; its models are made too.
+    """The small and the large input of a contender, by their size; its models are made too.
 
     All is made beforehand, since nothing should be while others are measured.
     """
     small, large = images
     sizes = small, small + int(contender.share * (large - small))
-    records = {size: write_records(place.folder, size, shards) for size in sizes}
-    contender.command(place, records[small])
-    return records
+    made = {
+        size: write_files(place.folder, size)
+        if contender.files
+        else write_records(place.folder, size, shards)
+        for size in sizes
+    }
+    contender.command(place, made[small])
+    return made
 
 
 def measure(

@@ -268,11 +268,15 @@ def test_a_stage_costs_what_it_adds():
 
 
 def test_growth_takes_start_up_off():
+    (now,), (_, later) = ran(1), ran(1, 1)
     runs = {
-        "base": [{"images": 500, "seconds": 10, "cpu": 15, "peak_mib": 900, "of": OF}],
-        "small": [{"images": 2000, "seconds": 20, "cpu": 30, "peak_mib": 950, "of": OF}],
+        "base": [{"images": 500, "seconds": 10, "cpu": 15, "peak_mib": 900, "of": now["of"]}],
+        "small": [{"images": 2000, "seconds": 20, "cpu": 30, "peak_mib": 950, "of": now["of"]}],
     }
+    runs["base"].append({**runs["base"][0], "cpu": 25, "of": later["of"]})
     assert "| small | 2000 | 150 | 10.00 | 950 |" in growth.table(runs)
+    runs["small"][0]["of"] = later["of"]  # its start was slower at that time
+    assert "| small | 2000 | 150 | 3.33 | 950 |" in growth.table(runs)
 
 
 def test_scaling_is_told_where_engines_are(tmp_path):
