@@ -101,6 +101,8 @@ def _absent(flag: str, name: str, schema: pa.Schema, path: str) -> str:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     views = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
     return any(is_a(kind) for is_a in views)
 

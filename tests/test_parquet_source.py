@@ -57,7 +57,9 @@ def structs(count, **changes):
 # ---------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())], ids=str
+)
 def test_a_column_of_bytes(kind):
     data = stored(pa.table({"image/encoded": pa.array(pictures(3), kind)}))
     assert records(data) == [
