@@ -91,11 +91,6 @@ def label_type(values: Iterable[Any], name: str) -> pa.DataType:
     return pa.int64() if kinds <= {bool, int} else pa.string()
 
 
-def no_type() -> pa.DataType:
-    """The type of values that a sample lacks."""
-    return pa.null()
-
-
 def column_type(values: Iterable[Any], name: str) -> pa.DataType:
     """The narrowest type that holds all `values`: null, bool, int64, double, string, binary or a
     list of one of these. Raises ValueError, one line, where none does.

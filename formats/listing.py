@@ -7,9 +7,11 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
 
 from formats import fields
 from formats.example import ExampleKeys, ExampleTypes
@@ -30,8 +32,9 @@ class Entry:
     """An image that a list names.
 
     `path` is the local path or URI to read, `key` the `uri` as written, `index` the row where the
-    row itself is to be told of (it is wrong, or a repetition), `values` what else the row holds.
-    `wrong` is why there is nothing to read: a class and a message.
+    row itself is to be told of (it is wrong, or a repetition), `values` what else the row holds,
+    all text where they are `cells` of CSV. `wrong` is why there is nothing to read: a class and a
+    message.
     """
 
     key: str
@@ -39,6 +42,7 @@ class Entry:
     index: int | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     wrong: _Wrong | None = None
+    cells: bool = False
 
 
 def read_entries(stream: BinaryIO, path: str, names: Sequence[str]) -> Iterator[Entry]:
@@ -68,7 +72,7 @@ def read_entries(stream: BinaryIO, path: str, names: Sequence[str]) -> Iterator[
             assert isinstance(row, dict)
             assert isinstance(uri, str)
             values = {name: row[name] for name in names if name in row}
-            yield Entry(shown(uri), resolve(uri, base), None, values)
+            yield Entry(shown(uri), resolve(uri, base), None, values, cells=not as_json)
 
 
 def _can_be_path(uri: str) -> bool:
@@ -150,8 +154,8 @@ def _json_rows(stream: BinaryIO) -> Iterator[dict[str, Any] | _Wrong]:
         yield row if isinstance(row, dict) else ("BadRow", f"line {number} is no JSON object")
 
 
-def infer_types(entries: Sequence[Entry], path: str, keys: ExampleKeys) -> ExampleTypes:
-    """The types of label and columns as a sample of a manifest's rows shows them.
+def infer_types(entries: Sequence[Entry], pattern: str, keys: ExampleKeys) -> ExampleTypes:
+    """The types of label and columns as a sample of the rows of `pattern` shows them.
 
     Cells of CSV are numbers where all of the sample are. Raises ValueError, one line, for a name
     that no sampled row has (but the default label, which is null then), and where all labels are
@@ -159,21 +163,21 @@ def infer_types(entries: Sequence[Entry], path: str, keys: ExampleKeys) -> Examp
     """
     rows = [entry for entry in entries if not entry.wrong]
     if not rows:
-        return ExampleTypes(fields.no_type(), dict.fromkeys(keys.columns, fields.no_type()))
+        return ExampleTypes(pa.null(), dict.fromkeys(keys.columns, pa.null()))
     there = {name for entry in rows for name in entry.values}
     for name in fields.names_of(keys):
         if name not in there and not (name == keys.label == DEFAULT_LABEL):
-            raise ValueError(f"{name!r} is in none of the first {len(rows)} rows of {path}")
-    as_text = not path.lower().endswith(JSON_ENDINGS)
-    sampled = {name: [entry.values.get(name) for entry in rows] for name in there}
-    label = fields.no_type()
-    if keys.label in sampled:
-        values = sampled[keys.label]
-        if as_text:
-            values = [fields.integer(v) if isinstance(v, str) else v for v in values]
-        label = fields.label_type(values, keys.label)
-    columns = {}
-    for name in keys.columns:
-        values = fields.numbers(sampled[name]) if as_text else sampled[name]
-        columns[name] = fields.column_type(values, name)
-    return ExampleTypes(label, columns)
+            raise ValueError(f"{name!r} is in none of the first {len(rows)} rows of {pattern}")
+
+    def sampled(name: str, typed: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        cells = typed([entry.values.get(name) for entry in rows if entry.cells])
+        return [*cells, *(entry.values.get(name) for entry in rows if not entry.cells)]
+
+    def label(cells: Sequence[Any]) -> list[Any]:
+        return [fields.integer(cell) if cell else None for cell in cells]
+
+    columns = {
+        name: fields.column_type(sampled(name, fields.numbers), name) for name in keys.columns
+    }
+    kind = fields.label_type(sampled(keys.label, label), keys.label) if keys.label else pa.null()
+    return ExampleTypes(kind, columns)

@@ -176,6 +176,21 @@ def test_types_of_json():
     assert found == ExampleTypes(pa.string(), {"b": pa.bool_(), "l": pa.list_(pa.float64())})
 
 
+def test_types_of_json_lines_below_a_folder_beside_csv(tmp_path):
+    """By what each file is, not by how it was asked for."""
+    keys = ExampleKeys(label="label", columns=("n",))
+    write(tmp_path / "d" / "a.jsonl", '{"uri": "a", "label": "7", "n": "1"}\n')
+    for pattern in (tmp_path / "d", tmp_path / "d" / "a*"):
+        found = inputs.infer_types([Source(str(pattern), MANIFEST)], keys, 9)
+        assert found == ExampleTypes(pa.string(), {"n": pa.string()})
+    write(tmp_path / "d" / "b.csv", "uri,label,n\nb,8,2\n")
+    found = inputs.infer_types([Source(str(tmp_path / "d" / "b.csv"), MANIFEST)], keys, 9)
+    assert found == ExampleTypes(pa.int64(), {"n": pa.int64()})
+    write(tmp_path / "d" / "a.jsonl", '{"uri": "a", "label": 7, "n": 1.5}\n')
+    found = inputs.infer_types([Source(str(tmp_path / "d"), MANIFEST)], keys, 9)
+    assert found == ExampleTypes(pa.int64(), {"n": pa.float64()})
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
