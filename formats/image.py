@@ -351,7 +351,10 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         values = np.maximum(values, 0)
     elif bits == 32:
         values = values.view(np.uint32)
-    return (values >> (bits - 8 - signed)).astype(np.uint8)
+    grey = (values >> (bits - 8 - signed)).astype(np.uint8)
+    # Of TIFFs in which 0 is white Pillow turns those of 8 bits around, and leaves these.
+    white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return 255 - grey if white else grey
 
 
 # ---------------------------------------------------------------- fit

@@ -19,7 +19,7 @@ import pictures
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from formats import image as module
 from formats.image import (
@@ -210,6 +210,13 @@ def test_tiff_values_are_scaled_by_their_range(values, expected):
     data = pictures.encode(Image.fromarray(values), "TIFF")
     image, _ = open_rgb(data, Preprocessing(8, formats=EVERYTHING))
     assert np.asarray(image)[0, :, 0].tolist() == expected
+
+
+def test_a_deep_tiff_in_which_zero_is_white():
+    values = Image.fromarray(np.array([[0, 1, 90, 255]], np.uint16) << 8)
+    data = pictures.encode(values, "TIFF", tiffinfo={ExifTags.Base.PhotometricInterpretation: 0})
+    image, _ = open_rgb(data, Preprocessing(8, formats=EVERYTHING))
+    assert np.asarray(image)[0, :, 0].tolist() == [255, 254, 165, 0]
 
 
 def test_cmyk_is_converted_as_pillow_does():
