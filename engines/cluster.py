@@ -43,7 +43,8 @@ class Cluster:
                     f"{folder}: a cluster runs here ({', '.join(running)}); bring it down first, "
                     "or give another folder"
                 )
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "tmp", ignore_errors=True)  # of a cluster that died
+        (folder / "tmp").mkdir(parents=True)
         return cls(folder, parallelism, dict(zip(ports, free_ports(len(ports)), strict=True)))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -41,7 +42,8 @@ class Process:
         """Whether it has not ended."""
         if self.child is not None:
             return self.child.poll() is None
-        return bool(_stat(self.pid)) and _stat(self.pid)[0] != "Z" and not self._replaced()
+        stat = _stat(self.pid)
+        return bool(stat) and stat[0] != "Z" and not self._replaced()
 
     def group(self) -> list[int]:
         """The process ids of its group that run: itself, and what it has started."""
@@ -60,7 +62,8 @@ class Process:
     def stop(self) -> None:
         """Ask it to end; kill its group where it, or what it started, has not within seconds."""
         if self.running():
-            os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, signal.SIGTERM)
             self._wait()
         self._signal(signal.SIGKILL)
         self._wait()

@@ -89,6 +89,22 @@ def test_a_cluster_is_brought_down_by_another_process_than_brought_it_up(tmp_pat
         Cluster.load(tmp_path / "elsewhere")
 
 
+def test_what_a_cluster_that_died_left_behind_is_removed(tmp_path):
+    cluster = Cluster.new(tmp_path, 2, ("job",))
+    (cluster.folder / "tmp" / "home").mkdir()
+    assert not list((Cluster.new(tmp_path, 2, ("job",)).folder / "tmp").iterdir())
+
+
+def test_a_process_that_ends_while_it_is_looked_at(tmp_path, monkeypatch):
+    process = processes.start("brief", SLEEP, tmp_path)
+    process.kill()
+    named = processes.Process("brief", process.pid, process.log)
+    first = iter([["S", *"0" * 30]])
+    monkeypatch.setattr(processes, "_stat", lambda pid: next(first, []))
+    named.stop()
+    assert not named.running()
+
+
 def test_a_number_that_another_process_has_been_given_is_left_alone(tmp_path):
     """As after the machine's restart: cluster.json tells of processes that ended long ago."""
     cluster = Cluster.new(tmp_path, 2, ("job",))
