@@ -152,19 +152,21 @@ class _Check:
             self._problem(f"{path}: {size} bytes, the manifest tells of {entry['bytes']}")
         if sha256 != entry["sha256"]:
             self._problem(f"{path}: sha256 {sha256}, the manifest tells of {entry['sha256']}")
-        keys: list[bytes] = []
+        rows, keys = 0, bytearray()
         reasons: Counter[str] = Counter()
         try:
             with dataset.open_part(self._output, path) as part:
                 self._schema(path, part.schema_arrow)
                 for batch in part.iter_batches(_ROWS, use_threads=False):
-                    self._batch(path, batch, len(keys), reasons)
-                    keys += [key_digest(key or "") for key in batch.column("key").to_pylist()]
+                    self._batch(path, batch, rows, reasons)
+                    rows += batch.num_rows
+                    for key in batch.column("key").to_pylist():
+                        keys += key_digest(key or "")
         except _READ_ERRORS as error:
-            self._problem(f"{path}: row {len(keys)} and on cannot be read ({error})")
-        if len(keys) != entry["rows"]:
-            self._problem(f"{path}: {len(keys)} rows, the manifest tells of {entry['rows']}")
-        return PartFile(path, len(keys), sha256, b"".join(keys), size, dict(reasons))
+            self._problem(f"{path}: row {rows} and on cannot be read ({error})")
+        if rows != entry["rows"]:
+            self._problem(f"{path}: {rows} rows, the manifest tells of {entry['rows']}")
+        return PartFile(path, rows, sha256, bytes(keys), size, dict(reasons))
 
     def _digest(self, path: str) -> tuple[int, str]:
         size, found = 0, hashlib.sha256()

@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from formats import fields
 from formats.example import ExampleKeys
@@ -61,15 +61,13 @@ def read_images(
     field of the member `json`; the default label key means `cls`. Members over `max_image_bytes`
     are not read. Only errors of `stream` are raised.
     """
-    source: ExactStream | InflatedStream = ExactStream(stream, size)
-    head = source.read(_BLOCK)
+    raw = ExactStream(stream, size)
+    source: ExactStream | InflatedStream = raw
+    head = raw.read(_BLOCK)
     note = ""
     if head.startswith(GZIP) and _header(head) is None:
-        source, size, note = (
-            InflatedStream(ExactStream(cast(BinaryIO, _Chained(head, stream)), size), b""),
-            None,
-            (" (offset in the decompressed gzip stream)"),
-        )
+        source, size = InflatedStream(raw, head), None
+        note = " (offset in the decompressed gzip stream)"
         head = source.read(_BLOCK)
     layout = _Layout(keys, max_image_bytes)
     sample: _Sample | None = None
@@ -111,20 +109,6 @@ def read_images(
                 )
                 yield Found(0, None, {}, ImageError("MissingFeature", message))
             return
-
-
-class _Chained:
-    """`head`, which was read already, and then the stream."""
-
-    def __init__(self, head: bytes, stream: BinaryIO):
-        self._head = head
-        self._stream = stream
-
-    def read(self, count: int = -1) -> bytes:
-        if self._head:
-            part, self._head = self._head[:count], self._head[count:]
-            return part
-        return self._stream.read(count)
 
 
 # --- samples -----------------------------------------------------------------------------------
