@@ -1,8 +1,8 @@
 """The same function in fewer operations, on any device.
 
 Batch norm goes into the convolution before it: `bn(conv(x, w)) = conv(x, w s) + (beta - mean s)`
-with `s = gamma / sqrt(variance + epsilon)`. A ReLU of a concatenation becomes one of each part,
-where most parts have their own already or can have it for nothing.
+with `s = gamma / sqrt(variance + epsilon)`. A ReLU of a concatenation becomes one of each part:
+most parts of these networks have their own already, or have it for nothing.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _scale(
     """Scale the kernel of `conv` and put a bias behind it, under the name that it had."""
     name = conv.name
     del graph.nodes[name]
-    conv.name = f"{name}/conv"
+    conv.name = graph.free(f"{name}/conv")
     conv.input[1] = graph.add_constant(f"{name}/kernel", (kernel * scale).astype(kernel.dtype))
     graph.nodes[conv.name] = conv
     offset = graph.add_constant(f"{name}/bias", bias.astype(kernel.dtype))
@@ -94,9 +94,9 @@ def _push_relus(graph: Graph) -> None:
 
     def relu_of(tensor: str, kind: Any) -> str:
         if tensor not in relus:
-            name = f"{node_name(tensor)}/relu{port(tensor)}"
-            graph.add("Relu", name, [tensor]).attr["T"].CopyFrom(kind)
-            relus[tensor] = name
+            relu = graph.add("Relu", f"{node_name(tensor)}/relu{port(tensor)}", [tensor])
+            relu.attr["T"].CopyFrom(kind)
+            relus[tensor] = relu.name
         return relus[tensor]
 
     found = [node for node in graph.nodes.values() if node.op == "Relu" and not waits(node)]

@@ -87,10 +87,16 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
     except Exception as error:  # TensorFlow's loader raises what its parsers happen to raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"--model {directory}: cannot be loaded ({reason})") from error
-    inputs = [t for t in function.inputs if t.dtype != tf.resource]
+    inputs = _given(function)
     shape = inputs[0].shape.as_list() if inputs[0].shape.rank == 4 else [None]
     size = _image_size(directory, shape, hints, _attached_size(proto) if kind == HUB_V1 else None)
-    image, found = _at_size(graph, inputs, function.outputs, size)
+    try:
+        image, found = _at_size(graph, inputs, function.outputs, size)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"--model {directory}: takes no pictures of {size} x {size} in float32 ({reason})"
+        ) from error
     named = dict(zip(tensors, found, strict=True))
     outputs = named if set(named) == {EMBEDDING, LOGITS} else _roles(directory, named)
     for role, tensor in outputs.items():
@@ -111,6 +117,11 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
         _value_range(directory, image, hints, kind),
         signatures,
     )
+
+
+def _given(function: Any) -> list[tf.Tensor]:
+    """What a caller of `function` gives; variables and constants that it holds come behind."""
+    return list(function.inputs[: len(function.inputs) - len(function.captured_inputs)])
 
 
 def _without_variables(function: Any) -> Graph:
@@ -276,7 +287,7 @@ def _entry(directory: str, loaded: Any) -> Any:
     function = _serving(signatures)
     if function is None and callable(loaded) and loaded.__call__.concrete_functions:
         trace = loaded.__call__.concrete_functions[0]
-        shape = next(t.shape for t in trace.inputs if t.dtype != tf.resource)
+        shape = _given(trace)[0].shape
         function = tf.function(lambda images: loaded(images)).get_concrete_function(
             tf.TensorSpec(shape, tf.float32)
         )
@@ -286,7 +297,7 @@ def _entry(directory: str, loaded: Any) -> Any:
             f"--model {directory}: no signature serving_default, and not callable (signatures: "
             f"{told}); nothing tells how to run it"
         )
-    images = [t for t in function.inputs if t.dtype != tf.resource]
+    images = _given(function)
     if len(images) != 1 or images[0].dtype != tf.float32 or images[0].shape.rank != 4:
         given = ", ".join(f"{t.dtype.name} {t.shape}" for t in images)
         raise ModelError(
@@ -541,11 +552,12 @@ def _first_map(image: tf.Tensor) -> tuple[float, float]:
 
 
 def _depends_on_input(tensor: tf.Tensor) -> bool:
+    """Whether the pictures go into `tensor`; weights are placeholders too, of shapes all known."""
     seen = {tensor.op}
     stack = [tensor.op]
     while stack:
         op = stack.pop()
-        if op.type == "Placeholder":
+        if op.type == "Placeholder" and not op.outputs[0].shape.is_fully_defined():
             return True
         new = {t.op for t in op.inputs} - seen
         seen |= new

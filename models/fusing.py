@@ -7,12 +7,13 @@ operation. Both are written out here, so that they hold for float32 and bfloat16
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from models.graphs import Graph, kind, node_name, waits
-from models.runtime import op_def_registry, tf
+from models.runtime import BFLOAT16, op_def_registry, tf
 
 # The layers of convolutional networks; everything else stays in float32 behind a cast.
 _BFLOAT16_OPS = {
@@ -22,6 +23,7 @@ _BFLOAT16_OPS = {
 _FUSED = "_MklNativeFusedConv2D"
 _FLOAT = tf.float32.as_datatype_enum
 _BFLOAT16 = tf.bfloat16.as_datatype_enum
+_FUSIBLE = {_FLOAT, _BFLOAT16} if BFLOAT16 else {_FLOAT}  # what oneDNN's kernel takes here
 
 
 def can_fuse() -> bool:
@@ -98,7 +100,7 @@ def fuse_convolutions(graph: Graph) -> None:
         conv = graph.producer(bias.input[0])
         if conv.op != "Conv2D" or len(readers[conv.name]) != 1 or bias.name in graph.keep:
             continue
-        if waits(conv) or waits(bias):
+        if kind(conv) not in _FUSIBLE or waits(conv) or waits(bias):
             continue
         chain, fused, extra = [conv, bias], [b"BiasAdd"], []
         reader = _only_reader(graph, readers, bias)
@@ -143,15 +145,13 @@ def take_odd_pixels(graph: Graph) -> None:
         assert weights is not None
         kernel = np.zeros((2, 2, weights.shape[2], 1), weights.dtype)
         kernel[1, 1] = 1
-        name = f"{cut.name}/odd"
-        odd = graph.add(
-            "DepthwiseConv2dNative", name, [pad.input[0], graph.add_constant(f"{name}/one", kernel)]
-        )
+        one = graph.add_constant(f"{cut.name}/odd/one", kernel)
+        odd = graph.add("DepthwiseConv2dNative", f"{cut.name}/odd", [pad.input[0], one])
         odd.attr["T"].CopyFrom(cut.attr["T"])
         odd.attr["strides"].list.i.extend([1, 2, 2, 1])
         odd.attr["padding"].s = b"SAME"
         for reader in reading:
-            reader.input[0] = name
+            reader.input[0] = odd.name
             reader.attr["strides"].list.i[:] = [1, 1, 1, 1]
     graph.prune()
 
@@ -180,24 +180,39 @@ def _reads_every_other(graph: Graph, node: Any, source: Any) -> bool:
 
 
 def multiply_by_picture(graph: Graph) -> None:
-    """Make each product of rows with a constant matrix one product a row.
+    """Make each product of rows with a constant matrix one product a picture.
 
     Kernels that take rows in blocks give those of the last, smaller block other bits than the rest,
-    so that a picture's vector would depend on its place in the batch.
+    so that a picture's vector would depend on its place in the batch. A picture is one row, or as
+    many as it had before the batch was flattened (a transformer's tokens).
     """
-    for node in [node for node in graph.nodes.values() if node.op == "MatMul"]:
+    products = [node for node in graph.nodes.values() if node.op == "MatMul"]
+    flattened = [graph.producer(node.input[0]) for node in products]
+    shapes = _shapes(graph) if any(node.op == "Reshape" for node in flattened) else {}
+    for node in products:
         matrix = graph.constant(node.input[1])
         if node.attr["transpose_a"].b or matrix is None or waits(node):
             continue
         turned = node.attr["transpose_b"].b
         rows, columns = reversed(matrix.shape) if turned else matrix.shape
         left, right = node.input
+        each = _rows_a_picture(shapes, graph.producer(left), int(rows))
         del graph.nodes[node.name]
-        apart = _reshape(graph, f"{node.name}/apart", left, [-1, 1, rows], node)
+        apart = _reshape(graph, f"{node.name}/apart", left, [-1, each, rows], node)
         product = graph.add("BatchMatMulV2", f"{node.name}/product", [apart.name, right])
         product.attr["T"].CopyFrom(node.attr["T"])
         product.attr["adj_y"].b = turned
         _reshape(graph, node.name, product.name, [-1, columns], node)
+
+
+def _rows_a_picture(shapes: dict[str, list[int | None]], source: Any, width: int) -> int:
+    """How many rows of `width` each picture has in `source`, one where nothing tells."""
+    if source.op != "Reshape":
+        return 1
+    batch, *places, last = shapes.get(source.input[0]) or [1, 1]
+    known = [place for place in places if place]
+    each = batch is None and last == width and len(known) == len(places)
+    return math.prod(known) if each else 1
 
 
 def _reshape(graph: Graph, name: str, tensor: str, shape: list[int], like: Any) -> Any:

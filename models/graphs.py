@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ _HEAVY_BYTES = 1000
 # TF1's control flow: what hangs on one of these may be a loop's or a branch's, and not run at all.
 _FLOW_OPS = {"Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "ControlTrigger"}
 _FLOW_OPS |= {f"Ref{op}" for op in _FLOW_OPS}
-_PLAIN_KINDS = "fiub"  # dtypes that NumPy's files hold by themselves; others stay in the graph
+PLAIN_KINDS = "fiub"  # dtypes that NumPy's files hold by themselves; others stay in the graph
 
 
 def node_name(tensor: str) -> str:
@@ -40,7 +40,8 @@ def kind(node: Any, attribute: str = "T") -> int:
 def _acts(op: str) -> bool:
     """Whether an operation has effects or directs others; one that is not known here may."""
     known = op_def_registry.get(op)
-    return known is None or known.is_stateful or op in _FLOW_OPS
+    acts = known is None or known.is_stateful or op in _FLOW_OPS
+    return acts and not op.startswith("LookupTableFind")  # it only reads
 
 
 class Graph:
@@ -82,17 +83,14 @@ class Graph:
         self.weights = {name: array for name, array in self.weights.items() if name in seen}
         return self
 
-    def to_def(self) -> Any:
-        """The GraphDef, with a placeholder for each of the weights."""
+    def to_def(self, within: Collection[str] = ()) -> Any:
+        """The GraphDef, with a placeholder for each of the weights, but those named in `within` as
+        constants.
+        """
         graph = tf.compat.v1.GraphDef(versions=self._versions, library=self.library)
         graph.node.extend(self.nodes.values())
-        return graph
-
-    def to_whole_def(self) -> Any:
-        """The GraphDef with its weights as constants, which depends on nothing else."""
-        graph = self.to_def()
         for node in graph.node:
-            if node.name in self.weights:
+            if node.name in within:
                 node.op = "Const"
                 del node.attr["shape"]
                 value = tf.make_tensor_proto(self.weights[node.name])
@@ -124,28 +122,33 @@ class Graph:
         free = node.op == "Const" and not waits(node)
         return tf.make_ndarray(node.attr["value"].tensor) if free else None
 
+    def free(self, name: str) -> str:
+        """`name`, or one that begins so where a node has it."""
+        while name in self.nodes:
+            name += "_"
+        return name
+
     def add(self, op: str, name: str, inputs: list[str]) -> Any:
-        """A new node, its attributes yet to be set."""
-        assert name not in self.nodes, name
-        node = tf.compat.v1.NodeDef(op=op, name=name, input=inputs)
-        self.nodes[name] = node
+        """A new node called `name`, where that is free; its attributes are yet to be set."""
+        node = tf.compat.v1.NodeDef(op=op, name=self.free(name), input=inputs)
+        self.nodes[node.name] = node
         return node
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
-        """A new constant; returns its name."""
+        """A new constant, called `name` where that is free; returns its name."""
         if value.nbytes >= _HEAVY_BYTES:
             return self._add_weight(name, value)
         node = self.add("Const", name, [])
         node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
-        return name
+        return str(node.name)
 
     def _set_aside(self, node: Any) -> bool:
         """Make a weight of `node` where it is a large constant that waits for nothing."""
         if node.op != "Const" or waits(node) or node.ByteSize() < _HEAVY_BYTES:
             return False
         array = tf.make_ndarray(node.attr["value"].tensor)
-        if array.dtype.kind not in _PLAIN_KINDS:
+        if array.dtype.kind not in PLAIN_KINDS:
             return False
         self.nodes.pop(node.name, None)
         self._add_weight(node.name, array)
@@ -155,8 +158,8 @@ class Graph:
         node = self.add("Placeholder", name, [])
         node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
         node.attr["shape"].shape.CopyFrom(tf.TensorShape(value.shape).as_proto())
-        self.weights[name] = value
-        return name
+        self.weights[node.name] = value
+        return str(node.name)
 
     def bypass_identities(self) -> None:
         """Let everything read past identities, and wait for nothing that only computes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from models.fusing import (
     take_odd_pixels,
     to_bfloat16,
 )
-from models.graphs import Graph
+from models.graphs import PLAIN_KINDS, Graph, kind
 from models.handles import PREPARED, model_format, resolve
 from models.prepared import Prepared
 from models.runtime import BFLOAT16, CORES, GPUS, constant, tf, twin
@@ -137,8 +137,10 @@ def prepare(spec: LoadSpec, output: str) -> ModelInfo:
     written last. Raises RequestError where the model cannot be used.
     """
     info, graph = _assembled(spec)
-    data = graph.to_def().SerializeToString(deterministic=True)
-    prepared.write(output, Prepared(dataclasses.asdict(info), data, graph.weights))
+    plain = {n: array for n, array in graph.weights.items() if array.dtype.kind in PLAIN_KINDS}
+    whole = graph.to_def(within=graph.weights.keys() - plain)
+    data = whole.SerializeToString(deterministic=True)
+    prepared.write(output, Prepared(dataclasses.asdict(info), data, plain))
     return info
 
 
@@ -203,7 +205,7 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
         )
         graph = _assemble(frozen)
     # Fused layers take the larger of 0 and NaN as 0, so that no vector would tell.
-    if wild := sorted(name for name, array in graph.weights.items() if not _finite(array)):
+    if wild := sorted(_wild(graph)):
         raise ModelError(
             f"--model {spec.handle}: {len(wild)} of its weights hold NaN or infinity "
             f"({wild[0].removeprefix('model/')}), so its vectors would mean nothing; make it of a "
@@ -218,8 +220,17 @@ def _assembled(spec: LoadSpec) -> tuple[ModelInfo, Graph]:
     return info, graph
 
 
-def _finite(array: np.ndarray) -> bool:
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+def _wild(graph: Graph) -> Iterator[str]:
+    """Weights that hold NaN or infinity, and small constants that hold NaN: an infinity of theirs
+    may be meant.
+    """
+    for name, array in graph.weights.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            yield name
+    for node in graph.nodes.values():
+        floating = node.op == "Const" and tf.as_dtype(kind(node, "dtype")).is_floating
+        if floating and np.isnan(tf.make_ndarray(node.attr["value"].tensor)).any():
+            yield node.name
 
 
 def _read_prepared(directory: str) -> tuple[ModelInfo, Graph]:

@@ -52,7 +52,7 @@ class _Engine:
         self._compiled: dict[int, Any] = {}
         with files.scratch() as folder:
             path = folder / "graph.pb"
-            path.write_bytes(graph.to_whole_def().SerializeToString())
+            path.write_bytes(graph.to_def(graph.weights).SerializeToString())
             graph.weights.clear()
             try:
                 self._model = self._core.read_model(path)

@@ -55,7 +55,7 @@ def build(make) -> tf.compat.v1.GraphDef:
 
 def run(graph: Graph) -> np.ndarray:
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        tf.graph_util.import_graph_def(graph.to_whole_def(), name="")
+        tf.graph_util.import_graph_def(graph.to_def(graph.weights), name="")
         return session.run("y:0", {"x:0": X})
 
 
@@ -75,11 +75,22 @@ def block(net: Net, x: tf.Tensor, endpoint: bool = False) -> tf.Tensor:
     return tf.nn.relu(concat)
 
 
+def named(x: tf.Tensor) -> tf.Tensor:
+    """`x` behind nodes called as folding calls its own."""
+    for name in ("conv", "kernel", "bias"):
+        x = tf.abs(x, name=f"c/{name}")
+    return x
+
+
 FOLDED = {
     "a batch norm": (lambda net, x: net.norm(net.conv(x)), {"FusedBatchNormV3": 0, "BiasAdd": 1}),
     "one behind a concatenation": (
         lambda net, x: net.norm(tf.concat([net.conv(x, 3), net.conv(x, 5)], 3)),
         {"FusedBatchNormV3": 0, "BiasAdd": 2},
+    ),
+    "one whose convolution's parts have the names of ours": (
+        lambda net, x: net.norm(net.conv(x, name="c")) + named(x),
+        {"FusedBatchNormV3": 0, "BiasAdd": 1},
     ),
     "a ReLU of a concatenation": (block, {"FusedBatchNormV3": 0, "ConcatV2": 1, "Relu": 5}),
     "one of which an endpoint reads too, that nobody wants": (
@@ -262,6 +273,23 @@ def test_products_by_picture_are_the_same(name):
     multiply_by_picture(graph)
     assert ops(graph)["BatchMatMulV2"] == count
     assert ops(graph)["MatMul"] == 1 - count
+    assert close(run(graph), wanted)
+
+
+def tokens(net: Net, x: tf.Tensor) -> tf.Tensor:
+    """A dense layer on each place of a picture, as Keras makes it."""
+    kernel = net.random.normal(size=(CHANNELS, 64)).astype(np.float32)
+    return tf.tensordot(tf.reshape(x, [-1, SIDE * SIDE, CHANNELS]), kernel, 1)
+
+
+def test_all_places_of_a_picture_are_one_product():
+    graph = Graph(build(tokens), ["y"])
+    fold(graph)
+    wanted = run(graph)
+    multiply_by_picture(graph)
+    (product,) = (node for node in graph.nodes.values() if node.op == "BatchMatMulV2")
+    (sizes,) = (graph.constant(graph.producer(product.input[0]).input[1]),)
+    assert list(sizes) == [-1, SIDE * SIDE, CHANNELS]
     assert close(run(graph), wanted)
 
 

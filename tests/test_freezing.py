@@ -158,6 +158,16 @@ def test_shapes_that_only_a_size_tells(tmp_path):
     assert close(got["logits"], wanted @ HEAD)
 
 
+def test_a_size_that_its_layers_do_not_take(tmp_path):
+    def valid(x):
+        return {"y": tf.reduce_mean(tf.nn.max_pool2d(x * 2.0 - 1.0, 9, 2, "VALID"), [1, 2])}
+
+    directory = saved(tmp_path / "m", valid, size=None)
+    assert loaded(directory, image_size=9).info.image_size == 9
+    with pytest.raises(ModelError, match=r"takes no pictures of 8 x 8 in float32 \(Negative dim"):
+        loaded(directory, image_size=8)
+
+
 def test_a_size_that_the_model_does_not_take(tmp_path):
     directory = saved(tmp_path / "m", lambda x: {"y": features(x * 2.0 - 1.0)})
     assert loaded(directory, image_size=SIZE).info.image_size == SIZE
@@ -335,6 +345,86 @@ def test_an_object_that_is_called(tmp_path):
     got = model(PIXELS)
     assert close(got["logits"], LOGITS)
     assert close(got["embedding"], TRUNK)
+
+
+def test_constants_made_outside_of_the_function(tmp_path):
+    """As of a module's level, and of Keras's Normalization."""
+    head, terms = tf.constant(HEAD), tf.constant(np.arange(5.0, dtype="f"))
+    model = loaded(saved(tmp_path / "m", lambda x: {"y": trunk(x) @ head + terms}))
+    got = model(PIXELS)
+    assert close(got["logits"], LOGITS)
+    assert close(got["embedding"], TRUNK)
+
+
+def test_names_of_classes_looked_up_beside_the_logits(tmp_path):
+    module = tf.Module()
+    numbers, names = tf.range(5, dtype=tf.int64), tf.constant(list("abcde"))
+    filled = tf.lookup.KeyValueTensorInitializer(numbers, names)
+    module.table = tf.lookup.StaticHashTable(filled, "none")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32)])
+    def serve(images):
+        logits = dense(trunk(images))
+        best = module.table.lookup(tf.argmax(logits, 1))
+        with tf.control_dependencies([best]):
+            return {"logits": tf.identity(logits), "names": best}
+
+    module.serve = serve
+    tf.saved_model.save(module, str(tmp_path / "m"), {"serving_default": serve})
+    got = loaded(str(tmp_path / "m"))(PIXELS)
+    assert close(got["logits"], LOGITS)
+    assert close(got["embedding"], TRUNK)
+
+
+@pytest.mark.parametrize("kind", [tf.float16, tf.bfloat16, tf.float64], ids=lambda k: k.name)
+def test_convolutions_of_other_arithmetic(kind, tmp_path):
+    """As Keras's mixed precision makes them; oneDNN's fused ones take float32 alone everywhere."""
+    rng = np.random.default_rng(4)
+    kernel, bias = rng.normal(size=(3, 3, 3, 64)), rng.normal(size=64)
+
+    def run(x):
+        net = tf.nn.conv2d(tf.cast(x * 2.0 - 1.0, kind), tf.cast(kernel, kind), 1, "SAME")
+        net = tf.nn.relu(tf.nn.bias_add(net, tf.cast(bias, kind)))
+        return {"y": tf.reduce_mean(tf.cast(net, tf.float32), [1, 2])}
+
+    directory = saved(tmp_path / "m", run)
+    wanted = run(tf.constant(PIXELS / np.float32(255)))["y"].numpy()
+    prepare(LoadSpec(directory), str(tmp_path / "p"))
+    for found in (directory, str(tmp_path / "p")):
+        assert np.allclose(loaded(found)(PIXELS)["embedding"], wanted, rtol=1e-5, atol=1e-5)
+
+
+def with_variables(directory: Path, run, *values) -> str:
+    """A SavedModel whose serving signature is `run`, of the images and a variable for each."""
+    module, spec = tf.Module(), tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32, "images")
+    module.weights = [tf.Variable(value) for value in values]
+    module.run = tf.function(lambda x: run(x, *module.weights), input_signature=[spec])
+    tf.saved_model.save(module, str(directory), {"serving_default": module.run})
+    return str(directory)
+
+
+@pytest.mark.parametrize("last", [tf.identity, tf.nn.softmax], ids=["logits", "their softmax"])
+def test_a_bias_as_large_as_weights_is(last, tmp_path):
+    """Large variables stand beside the graph, as placeholders in it."""
+    kernel, bias = HEAD.repeat(100, 1), np.arange(500, dtype=np.float32)
+    directory = with_variables(
+        tmp_path, lambda x, w, b: {"y": last(trunk(x) @ w + b)}, kernel, bias
+    )
+    got = loaded(directory)(PIXELS)
+    assert close(got["logits"], TRUNK @ kernel + bias)
+    assert close(got["embedding"], TRUNK)
+
+
+def test_variables_in_bfloat16_are_prepared(tmp_path):
+    def run(x, weights):
+        return {"y": tf.cast(tf.cast(trunk(x), tf.bfloat16) @ weights, tf.float32)}
+
+    values = tf.cast(HEAD.repeat(300, 1), tf.bfloat16)
+    directory = with_variables(tmp_path / "m", run, values)
+    prepare(LoadSpec(directory), str(tmp_path / "p"))
+    wanted, got = loaded(directory)(PIXELS), loaded(str(tmp_path / "p"))(PIXELS)
+    assert list(got) == list(wanted)
+    assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
 
 
 # --- TF1 modules -------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ def test_weights_lie_beside_the_graph_and_go_back_into_it():
     graph = Graph(original, ["y"])
     assert set(graph.weights) == {"kernel"}
     assert np.array_equal(graph.weights["kernel"], HEAVY)
-    assert graph.to_def().ByteSize() < HEAVY.nbytes < graph.to_whole_def().ByteSize()
+    assert graph.to_def().ByteSize() < HEAVY.nbytes < graph.to_def(graph.weights).ByteSize()
     wanted = run(original, "y", {"x": X})
-    assert np.array_equal(run(graph.to_whole_def(), "y", {"x": X}), wanted)
+    assert np.array_equal(run(graph.to_def(graph.weights), "y", {"x": X}), wanted)
     assert np.array_equal(run(graph.to_def(), "y", {"x": X, **graph.weights}), wanted)
     assert np.array_equal(graph.constant("read:0"), HEAVY)
     assert graph.constant("small") == 2.0

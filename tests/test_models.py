@@ -384,6 +384,14 @@ def test_weights_that_are_not_finite_are_refused(verb, refused, job, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_small_weight_that_is_not_finite_is_refused(refused, tmp_path):
+    """It lies in the graph, not beside it."""
+    (name, beta), *_ = (item for item in exports.values().items() if item[0].endswith("/beta"))
+    values = {**exports.values(), name: np.full_like(beta, np.nan)}
+    export_hub_v1(ONE_CELL, values, "feature_vector", str(tmp_path / "m"))
+    assert "weights hold NaN or infinity" in refused("inspect", str(tmp_path / "m"))
+
+
 # --- stores ------------------------------------------------------------------------------------
 
 
