@@ -91,7 +91,8 @@ def find(pattern: str) -> Iterator[FileInfo]:
     """The files that `pattern` stands for, each once, in the order of their names.
 
     A file stands for itself, a directory for every regular file below it whose own name does not
-    start with `.` or `_`, a glob for the files and directories that it matches.
+    start with `.` or `_`, a glob for the files and directories that it matches; on a store, for the
+    objects, and for folders where it matches no object.
     Yields nothing where nothing is there. Raises OSError where listing is refused.
     """
     pattern = absolute(pattern)
@@ -182,16 +183,13 @@ def _hidden(name: str) -> bool:
 
 
 def _find_remote(pattern: str) -> Iterator[FileInfo]:
-    whole_folder = False
-    if _GLOB.search(pattern):
-        # A name may hold these characters; one look is less than listing twice.
-        found = _match(glob.escape(pattern) if is_file(pattern) else pattern)
-    else:
-        whole_bucket = pattern.count("/") == 2
-        found = [] if pattern.endswith("/") or whole_bucket else _match(pattern)
-        if not found:
-            whole_folder = True
-            found = _match(pattern.rstrip("/") + "/**")
+    # A name may hold a glob's characters; one look is less than listing twice.
+    literal = not _GLOB.search(pattern) or is_file(pattern)
+    named = not pattern.endswith("/") and not _is_bucket(pattern)
+    found = _match(glob.escape(pattern) if literal else pattern) if named else []
+    whole_folder = not found
+    if whole_folder:
+        found = _match((glob.escape(pattern) if literal else pattern).rstrip("/") + "/**")
     for info in sorted(found, key=lambda info: info.path):
         name = info.path.rpartition("/")[2]
         if name and not (whole_folder and _hidden(name)):
@@ -233,10 +231,17 @@ def occupied(folder: str) -> bool:
     return False  # empty folders, which a killed run leaves, are no objects
 
 
+def _is_bucket(path: str) -> bool:
+    """Whether the URI `path` names a bucket and nothing in it."""
+    return not path.partition("://")[2].partition("/")[2].strip("/")
+
+
 def is_file(path: str) -> bool:
     """Whether a file (or object) lies at `path`."""
     if not is_remote(path):
         return os.path.isfile(path)
+    if _is_bucket(path):  # Beam's clients would try again for minutes
+        return False
     try:
         return bool(_beam().exists(path))
     except Exception as error:
@@ -247,11 +252,9 @@ def list_folder(folder: str) -> list[FileInfo]:
     """Every file right in or below `folder`, hidden ones too; empty where it does not exist."""
     if is_remote(folder):
         return _match(_below(folder))
-    return [
-        FileInfo(str(path), path.stat().st_size)
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    ]
+    # What vanishes meanwhile (another run renames its temporaries) was none.
+    found = ((str(path), _status(str(path))) for path in sorted(Path(folder).rglob("*")))
+    return [FileInfo(path, s.st_size) for path, s in found if s and stat.S_ISREG(s.st_mode)]
 
 
 def size_of(path: str) -> int:
@@ -526,13 +529,14 @@ def delete(paths: list[str]) -> None:
     remote = [path for path in paths if is_remote(path)]
     for path in set(paths) - set(remote):
         Path(path).unlink(missing_ok=True)
-    present = [path for path in remote if is_file(path)]
-    if present:
+    if remote:
+        # Beam takes a name in gs:// for a glob here, and would remove all that it matches.
+        globs = [glob.escape(path) if path.lower().startswith("gs://") else path for path in remote]
         try:
-            _beam().delete(present)
+            _beam().delete(globs)
         except Exception as error:
-            if any(map(is_file, present)):  # else another has deleted the rest meanwhile
-                raise _store_error(present[0], error) from error
+            if any(map(is_file, remote)):  # else another has deleted them meanwhile
+                raise _store_error(remote[0], error) from error
 
 
 def check_writable(folder: str, flag: str = "--output") -> None:

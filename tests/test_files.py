@@ -274,11 +274,14 @@ class Store:
         return io.BytesIO(self.objects[path])
 
     def exists(self, path):
+        if path.count("/") < 3:
+            raise ValueError("GCS path must be in the form gs://<bucket>/<object>")
         return path in self.objects
 
     def delete(self, paths):
-        for path in paths:
-            del self.objects[path]
+        for path in paths:  # globs, as Beam's gs:// has it
+            for meta in self.match([path])[0].metadata_list:
+                del self.objects[meta.path]
 
 
 @pytest.fixture
@@ -287,6 +290,9 @@ def store(monkeypatch):
     fake = Store([f"gs://b/{name}" for name in names])
     monkeypatch.setattr(files, "_beam", lambda: fake)
     return fake
+
+
+D2, D3 = ["gs://b/d2/e.jpg"], ["gs://b/d3/a1.jpg", "gs://b/d3/a[1].jpg"]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +306,10 @@ def store(monkeypatch):
         ("gs://b/d3/a[1].jpg", ["gs://b/d3/a[1].jpg"]),
         ("gs://b/d3/a[12].jpg", ["gs://b/d3/a1.jpg"]),
         ("gs://b/nothing", []),
+        ("gs://b/nothing*", []),
+        ("gs://b/d/s*", ["gs://b/d/sub/c.jpg"]),
+        ("gs://b/d*/", ["gs://b/d/a.jpg", "gs://b/d/sub/c.jpg", *D2, *D3]),
+        ("gs://b", ["gs://b/d/a.jpg", "gs://b/d/sub/c.jpg", *D2, *D3]),
     ],
 )
 def test_find_in_a_store(store, pattern, expected):
@@ -352,6 +362,18 @@ def test_an_upload_to_s3_that_fails_half_way_is_never_completed(store, monkeypat
         file.close()
     gc.collect()
     assert "gs://b/cut" not in store.objects
+
+
+def test_delete_takes_names_of_a_store_as_they_are(store):
+    files.delete(["gs://b/d3/a[1].jpg", "gs://b/d/?"])
+    assert "gs://b/d3/a[1].jpg" not in store.objects
+    assert len(store.objects) == 5
+
+
+def test_a_bucket_is_no_file(store):
+    assert not files.is_file("gs://b")
+    assert not files.is_file("gs://b/")
+    assert files.is_file("gs://b/d/a.jpg")
 
 
 def test_check_writable_of_a_store(store):
@@ -551,6 +573,20 @@ def test_list_folder_shows_hidden_files_too(tmp_path):
     listed = files.list_folder(str(tmp_path))
     assert listed == [FileInfo(f"{tmp_path}/{n}", 1) for n in ("a", "sub/.tmp-1", "sub/deep/b")]
     assert files.list_folder(str(tmp_path / "nothing")) == []
+
+
+def test_list_folder_passes_over_what_vanishes_meanwhile(tmp_path, monkeypatch):
+    """As another run's temporary does, when it is renamed."""
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"1")
+    status = files._status
+
+    def vanishing(path):
+        (tmp_path / "b").unlink(missing_ok=True)
+        return status(path)
+
+    monkeypatch.setattr(files, "_status", vanishing)
+    assert files.list_folder(str(tmp_path)) == [FileInfo(str(tmp_path / "a"), 1)]
 
 
 def test_check_writable_leaves_no_trace(tmp_path):
