@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -169,12 +168,8 @@ class _Check:
         return PartFile(path, rows, sha256, bytes(keys), size, dict(reasons))
 
     def _digest(self, path: str) -> tuple[int, str]:
-        size, found = 0, hashlib.sha256()
-        with files.open_read(files.join(self._output, path)) as stream:
-            while block := stream.read(_COPY_BYTES):
-                size += len(block)
-                found.update(block)
-        return size, found.hexdigest()
+        size = files.size_of(files.join(self._output, path))
+        return size, dataset.sha256_of(self._output, path, size)
 
     def _schema(self, path: str, schema: pa.Schema) -> None:
         kind = path.partition("/")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
 from pipeline import verify
-from storage import files
+from storage import files, steady
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 8
@@ -420,6 +421,25 @@ def test_a_store_that_does_not_answer_is_asked_once(monkeypatch, capsys):
     assert verify.main(["gs://bucket/out"]) == 2
     assert asked == ["gs://bucket/out"]
     assert "gs://bucket/out: refused" in capsys.readouterr().err
+
+
+def test_a_read_that_fails_now_and_then_is_no_damage(output, check, monkeypatch):
+    opened, failed = files.open_read, set()
+
+    class Cut(io.BufferedReader):
+        def read(self, count=-1):
+            if self.name not in failed:
+                failed.add(self.name)
+                raise ConnectionError("cut")
+            return super().read(count)
+
+    def open_read(path):
+        return Cut(open(path, "rb", buffering=0)) if path.endswith(".parquet") else opened(path)
+
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(files, "open_read", open_read)
+    assert check(output)[0] == 0
+    assert len(failed) == 3
 
 
 def test_a_misspelt_flag_is_a_wrong_request(output, capsys):
