@@ -260,7 +260,7 @@ def describe_part(
             f"{output}: {path} is not what the manifest tells of; resuming would "
             "vouch for damaged rows; restore it, or use --if_exists overwrite"
         )
-    sha256 = entry["sha256"] if entry else _sha256(output, path, size)
+    sha256 = entry["sha256"] if entry else sha256_of(output, path, size)
     return PartFile(path, rows, sha256, bytes(keys), size, dict(reasons))
 
 
@@ -279,7 +279,8 @@ def _of_each(
         yield from threads.map(function, items)
 
 
-def _sha256(output: str, path: str, size: int) -> str:
+def sha256_of(output: str, path: str, size: int) -> str:
+    """SHA-256 of the file `path` of `output`, which has `size` bytes. Raises OSError."""
     found = hashlib.sha256()
     with SteadyStream(files.join(output, path), size) as stream:
         while block := stream.read(_COPY_BYTES):
@@ -708,7 +709,8 @@ def publish(
     The verdict: {"status": "complete" or "too_many_failures", "run": {images, features, failures,
     skipped}}. Raises RunError where another run has published in the meantime, and where files are
     gone or changed that this run counts on. On a local disk one run commits at a time; on a store
-    the last of two that write their manifest at once wins, and the other finds that out.
+    the last of two that write their manifest at once wins, and the other finds that out, or that
+    what it named is gone.
     """
     with files.alone(run.output):
         return _publish(run, list(written), skipped, timing)
@@ -738,7 +740,7 @@ def _publish(
             f"{run.output}: run {before['run_id']} has published here since this run began; its "
             "data were not touched and this run's were dropped; give another --output"
         )
-    doomed = set(before["superseded"]) if before else set()
+    doomed = set(before.get("superseded", ())) if before else set()
     gone = {part.path for part in fresh} - (ours - doomed)
     if gone:
         raise RunError(
@@ -822,16 +824,23 @@ def _counts(parts: Iterable[PartFile]) -> dict[str, int]:
 def _finish(run: Publication, manifest: Mapping[str, Any]) -> None:
     """After the manifest: the marker, then what it no longer names.
 
-    RunError where another run's has taken its place: then only this run's files are to go.
+    RunError where another run's has taken its place: then only this run's files are to go. And
+    where a file is gone that it names, as another run that was publishing may take it away.
     """
     now = read_manifest(run.output)
+    there = _list_parts(run.output)
+    named = {entry["path"] for entry in now["files"]} if now else set()
     if _run_id(now) != run.run_id:
-        named = {entry["path"] for entry in now["files"]} if now else set()
-        _delete(run, _written_by(run, _list_parts(run.output)) - named)
+        _delete(run, _written_by(run, there) - named)
         raise RunError(f"{run.output}: run {_run_id(now)} has published over this one")
+    if lost := named - set(there):
+        raise RunError(
+            f"{run.output}: {min(lost)} is gone, which another run replaced while this one was "
+            "published, so that the output is not whole; run it again with --if_exists overwrite"
+        )
     # Not empty: Beam's s3:// client cannot make an empty object.
     files.write_bytes(files.join(run.output, "_SUCCESS"), f"{run.run_id}\n".encode())
-    _delete(run, manifest["superseded"])
+    _delete(run, manifest.get("superseded", ()))
 
 
 def _written_by(run: Publication, there: Iterable[str]) -> set[str]:

@@ -907,7 +907,7 @@ def test_resuming_reads_no_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(
         dataset, "_column_batches", lambda *args: asked.append(args[-1]) or read(*args)
     )
-    monkeypatch.setattr(dataset, "_sha256", lambda *_: pytest.fail("read a kept file whole"))
+    monkeypatch.setattr(dataset, "sha256_of", lambda *_: pytest.fail("read a kept file whole"))
     found = resumed(tmp_path)
     commit(
         publication(tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept), [],

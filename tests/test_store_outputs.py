@@ -70,3 +70,36 @@ def test_of_two_runs_into_a_store_the_first_or_the_second_is_whole(store):
         commit(publication(output, "r2"), second)
     assert keys(output) == ["/in/a#0"]
     assert below(output) == ["_SUCCESS", first[0].path, "manifest.json"]
+
+
+def test_a_file_that_another_run_took_while_the_manifest_was_on_its_way_is_told(store, monkeypatch):
+    output = f"{store.uri}/race"
+    kept = [write_part(output, "features", "r1-a", images(0))]
+    commit(publication(output, "r1"), kept)
+    again = publication(output, "r2", if_exists="resume", replaces="r1", kept=(kept[0].path,))
+    second = [write_part(output, "features", "r2-a", images(1))]
+    third = [write_part(output, "features", "r3-a", images(2))]
+    upload = dataset._write_manifest
+
+    def overtaken(folder, manifest):
+        monkeypatch.setattr(dataset, "_write_manifest", upload)
+        commit(publication(output, "r3", if_exists="overwrite", replaces="r1"), third)
+        upload(folder, manifest)
+
+    monkeypatch.setattr(dataset, "_write_manifest", overtaken)
+    with pytest.raises(RunError, match=r"part-r1-a.parquet is gone, which another run replaced"):
+        commit(again, second)
+
+
+def test_names_that_look_like_globs_take_nothing_else_along(store):
+    for run in ("1", "[1]"):
+        output = f"{store.uri}/run{run}"
+        commit(publication(output, "r1"), [write_part(output, "features", "r1-a", images(0))])
+    files.check_writable(output)
+    commit(
+        publication(output, "r2", if_exists="overwrite", replaces="r1"),
+        [write_part(output, "features", "r2-a", images(1))],
+    )
+    assert below(output) == ["_SUCCESS", "features/part-r2-a.parquet", "manifest.json"]
+    assert keys(f"{store.uri}/run1") == ["/in/a#0"]
+    assert below(f"{store.uri}/run1") == ["_SUCCESS", "features/part-r1-a.parquet", "manifest.json"]
