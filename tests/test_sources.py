@@ -495,6 +495,14 @@ def test_finished_knows_published_keys(tmp_path):
     assert record("elsewhere", 7, key="id") not in Finished.read(None)
 
 
+def test_the_threads_of_a_worker_fetch_what_is_finished_once(monkeypatch):
+    asked, data = [], b"".join(DigestSet.of(key_digest("id")).store())
+    monkeypatch.setattr(steady, "read_bytes", lambda path: asked.append(path) or data)
+    found = [Finished.read("gs://b/x.finished") for _ in range(4)]
+    assert all(record("elsewhere", 7, key="id") in one for one in found)
+    assert asked == ["gs://b/x.finished"]
+
+
 def test_nothing_is_finished_at_first():
     assert record("s", 0) not in Finished()
 

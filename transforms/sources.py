@@ -255,9 +255,14 @@ class Finished:
         )
 
 
+@functools.lru_cache(1)  # one for all threads of a worker
+def _fetched(path: str) -> np.ndarray:
+    return np.frombuffer(steady.read_bytes(path), np.uint8)
+
+
 def _mapped(path: str) -> np.ndarray:
     if files.is_remote(path):
-        return np.frombuffer(steady.read_bytes(path), np.uint8)
+        return _fetched(path)
     return np.memmap(path, np.uint8, "r")
 
 
