@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import time
 
 import apache_beam as beam
@@ -14,11 +15,13 @@ from apache_beam.metrics import MetricsFilter
 from beams import pipe
 
 from formats.image import Preprocessing, decode_image
+from formats.isolation import Limits
 from formats.records import DecodedImage, Failure, ImageRecord, ImageRef
 from formats.timing import Timing
 from pipeline.preflight import DIRECT_RUNNER
 from transforms import decode
 from transforms.decode import DecodeImages, decode_record
+from transforms.lookahead import cpu_threads
 
 HOW = Preprocessing(16)
 
@@ -98,6 +101,20 @@ def test_an_error_of_the_decoder_itself_is_not_swallowed(monkeypatch):
     monkeypatch.setattr(decode, "decode_image", broken)
     with pytest.raises(Exception, match="a bug"):
         run([record("k", b"x")])
+
+
+def test_a_bundle_that_failed_leaves_no_process_behind():
+    limits = Limits(30, 2 << 30)
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        step = decode._Decode(Preprocessing(8), limits)
+        step.setup()
+        step.start_bundle()
+        for n in range(40):
+            list(step.process(record(str(n), pictures.jpeg(24, 24))))
+        step.teardown()  # without the end of the bundle
+    cpu_threads().submit(int).result()
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 # ---------------------------------------------------------------- what it took

@@ -95,6 +95,23 @@ def test_drain_leaves_nothing(threads):
     assert list(map_ahead(str, [], threads, 3)) == []
 
 
+def test_what_nobody_wants_is_not_begun_and_ends(threads):
+    begun, go = [], threading.Event()
+
+    def work(n):
+        begun.append(n)
+        go.wait(10)
+
+    ahead = Lookahead(work, threads, 100)
+    for n in range(50):
+        assert list(ahead.push(n)) == []
+    threading.Timer(0.2, go.set).start()
+    ahead.abandon()
+    assert go.is_set()
+    assert len(begun) < 50
+    assert list(ahead.drain()) == []
+
+
 def test_a_process_has_one_pool_of_each_kind():
     assert cpu_threads() is cpu_threads()
     assert io_threads() is io_threads()

@@ -53,19 +53,25 @@ class _Decode(beam.DoFn):
     def setup(self) -> None:
         shared = shared_processes(self._how, self._limits, decode_image)
         self._processes = self._open.enter_context(shared)
+        self._ahead = self._lookahead()
+        # What a bundle that failed has left waiting would start the processes anew.
+        self._open.callback(lambda: self._ahead.abandon())
 
     def teardown(self) -> None:
         self._open.close()
 
-    def start_bundle(self) -> None:
+    def _lookahead(self) -> Lookahead[ImageRecord, tuple[DecodedImage | Failure, float]]:
         decode = functools.partial(decode_record, how=self._how, processes=self._processes)
-        self._ahead: Lookahead[ImageRecord, tuple[DecodedImage | Failure, float]] = Lookahead(
+        return Lookahead(
             functools.partial(_timed, decode),
             cpu_threads(),
             _AHEAD,
             weigh=lambda record: len(record.data),
             start=_SOON,
         )
+
+    def start_bundle(self) -> None:
+        self._ahead = self._lookahead()
         self._begin(time.perf_counter())
         self._left = self._begun
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 In = TypeVar("In")
@@ -77,6 +77,11 @@ class Lookahead(Generic[In, Out]):
         """Yields every result that is still due."""
         while self._pending:
             yield self._oldest()
+
+    def abandon(self) -> None:
+        """Start on nothing more, and wait for what has been started: nobody wants the results."""
+        wait([future for _, future in self._pending if not future.cancel()])
+        self._pending.clear()
 
     def _oldest(self) -> Out:
         weight, future = self._pending.popleft()
