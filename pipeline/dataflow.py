@@ -147,6 +147,14 @@ def is_waited_for(beam_args: Sequence[str]) -> bool:
     return not (_view(beam_args, "StandardOptions").no_wait_until_finish or templated)
 
 
+def outlives_launcher(beam_args: Sequence[str]) -> bool:
+    """Whether the job goes on without the launcher, which has started no part of it."""
+    told = _view(beam_args, "PortableOptions")
+    runner = str(_view(beam_args, "StandardOptions").runner or "").lower()
+    served = told.job_endpoint not in (None, "embed") and not runner.startswith("prism")
+    return is_dataflow(beam_args) or (served and told.environment_type != "LOOPBACK")
+
+
 def unbounded(beam_args: Sequence[str]) -> bool:
     """Whether no flag bounds how many workers the service may start."""
     told = _view(beam_args, "WorkerOptions")

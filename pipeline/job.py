@@ -63,6 +63,7 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     from pipeline import progress  # here, since it imports Beam
 
     waited = dataflow.is_waited_for(beam_args)
+    ended = False
     try:
         with contextlib.nullcontext() if options.quiet else progress.told(options.stop_after):
             result = run_graph(plan, beam_args)
@@ -74,6 +75,7 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
                 _tell_of_failures(options.max_failure_rate, counts, counts["failures_by"])
             return summary(None, status, counts, started)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
+        ended = verdict is not None
         if verdict is None and not waited:
             return submitted(plan.publication.output, run_id, started)
         if verdict is None:
@@ -90,7 +92,8 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     except Exception as error:
         return failed(plan.publication.output, error, started)
     finally:
-        if plan.finished and waited:  # else the job reads it yet, and its commit removes it
+        # Else the job may read it yet, here or there, and its commit removes it.
+        if plan.finished and (ended or preflight.runs_here(beam_args)):
             try:
                 files.delete([plan.finished])
             except OSError as error:  # the verdict stands all the same; the next run removes it

@@ -200,7 +200,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     if resumed.finished and not options.dry_run:
         finished = files.join(output, dataset.finished_name(run_id))
         Finished.write(finished, resumed.finished)
-        if not files.is_remote(finished):
+        if not files.is_remote(finished) and runs_here(beam_args):
             files.NewFile.track(finished)  # an interrupted run takes it along
     for warning in warnings:
         log.warning("%s", utf8(hide(warning)))  # not all that takes logs can take other text
@@ -302,6 +302,11 @@ def _check_beam_flags(beam_args: Sequence[str]) -> None:
         raise RequestError(f"--runner {standard.runner}: {error}") from None
     if problems:
         raise RequestError(problems[0])
+    if standard.no_wait_until_finish and not dataflow.outlives_launcher(beam_args):
+        raise RequestError(
+            "--no_wait_until_finish: the job would end with this command, undone; it is for "
+            "Dataflow, and for a --job_endpoint with workers of its own; leave it out"
+        )
 
 
 def _check_output(output: str, if_exists: str, warnings: list[str]) -> dict[str, Any] | None:

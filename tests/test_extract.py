@@ -704,6 +704,33 @@ def test_resume_adds_what_is_new_and_keeps_failures(tmp_path, job):
     assert_true_manifest(third)
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_a_job_elsewhere_keeps_what_it_reads_where_its_launcher_fails(
+    tmp_path, job, monkeypatch, here
+):
+    """The connection to a job server may end before the job does."""
+    folder = write_pictures(tmp_path / "in", different(1))
+    assert job(folder).code == 0
+    write_pictures(folder, different(2))
+    monkeypatch.setattr(preflight, "runs_here", lambda beam_args: here)
+    monkeypatch.setattr(job_module, "run_graph", lambda *_: (_ for _ in ()).throw(OSError("reset")))
+    assert job(folder, if_exists="resume").code == 1
+    assert len(list((tmp_path / "out").glob("_run-*.finished"))) == (not here)
+
+
+def test_a_manifest_that_names_nothing_superseded(tmp_path, job):
+    """As the contract has it, which knows no such field."""
+    folder = write_pictures(tmp_path / "in", different(1))
+    assert job(folder).code == 0
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["superseded"]
+    path.write_text(json.dumps(manifest))
+    write_pictures(folder, different(2))
+    for how in ("resume", "overwrite"):
+        assert_true_manifest(job(folder, if_exists=how))
+
+
 @pytest.mark.parametrize("if_exists", ["resume", "overwrite"])
 @pytest.mark.parametrize("pattern", [".", "**"])
 def test_an_output_inside_the_input_is_no_input(tmp_path, job, monkeypatch, pattern, if_exists):
@@ -898,6 +925,12 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
         ({"formats": "jpeg,heic"}, "heic"),
         ({"runner": "NoSuchRunner"}, "NoSuchRunner"),
         ({"direct_num_workers": "many"}, "direct_num_workers"),
+        ({"no_wait_until_finish": True}, "would end with this command"),
+        ({"no_wait_until_finish": True, "runner": "PrismRunner"}, "would end with this command"),
+        (
+            {"no_wait_until_finish": True, "job_endpoint": "h:1", "environment_type": "LOOPBACK"},
+            "would end with this command",
+        ),
         ({"input_format": "failures"}, "no output of this program"),
     ],
 )
