@@ -51,9 +51,9 @@ def read(*patterns, how=HOW, input_format="manifest"):
 def test_rows_of_csv():
     found = entries('uri,label\na.jpg,1\n"b, c.jpg",\n\n/x/d.jpg,"two\nlines"\n', names=("label",))
     assert found == [
-        Entry("a.jpg", "/d/a.jpg", None, {"label": "1"}),
-        Entry("b, c.jpg", "/d/b, c.jpg", None, {"label": None}),
-        Entry("/x/d.jpg", "/x/d.jpg", None, {"label": "two\nlines"}),
+        Entry("a.jpg", "/d/a.jpg", None, {"label": "1"}, cells=True),
+        Entry("b, c.jpg", "/d/b, c.jpg", None, {"label": None}, cells=True),
+        Entry("/x/d.jpg", "/x/d.jpg", None, {"label": "two\nlines"}, cells=True),
     ]
 
 
