@@ -22,6 +22,7 @@ from pipeline import extract
 from pipeline import options as flags
 from storage import files
 from storage.errors import RequestError
+from storage.stdio import tell_error
 
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -123,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
             return extract.main(full)
         return _extract_both(options, beam_args, out / ".photographs")
     except RequestError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        tell_error(error)
         return 2
 
 

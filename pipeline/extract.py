@@ -24,6 +24,7 @@ from pipeline import options as flags
 from storage import imports
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
+from storage.stdio import tell_error
 
 # Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
 _UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub")
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return job.tell(job.run(options, beam_args))
     except RequestError as error:
-        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
+        tell_error(error)
         return 2
 
 

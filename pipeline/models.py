@@ -24,6 +24,7 @@ from pipeline.options import OneLineParser, value_range_of
 from storage import files, reach
 from storage.errors import RequestError
 from storage.secrets import hide
+from storage.stdio import tell_error
 
 if TYPE_CHECKING:
     from models.loading import LoadSpec
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.configure_stores(beams)
         {"export": export, "inspect": inspect, "prepare": prepare}[request.verb](request)
     except (RequestError, OSError) as error:
-        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
+        tell_error(error)
         return 2
     return 0
 

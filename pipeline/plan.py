@@ -21,6 +21,7 @@ from pipeline import figures
 from pipeline.figures import PRICES, Figure
 from pipeline.options import OneLineParser, byte_size, names_list
 from storage.errors import RequestError
+from storage.stdio import tell_error
 
 _HOUR = 3600.0
 _PRICE = "price_{}".format  # a price's flag
@@ -396,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = reckon(parser().parse_args(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        tell_error(error)
         return 2
     sys.stderr.write(table(plan) + "\n")
     print(json.dumps(plan), flush=True)

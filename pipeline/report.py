@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pipeline.options import OneLineParser, check_beam_flags
 from storage import files, reach
 from storage.errors import RequestError
-from storage.secrets import hide
+from storage.stdio import tell_error
 
 NAME = "report.html"
 MOST = 5000  # rows
@@ -79,15 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             text = page(output, look(output, manifest, request.rows))
         except (pa.ArrowException, OSError, *_WRONG) as error:
-            told = hide(" ".join(f"{type(error).__name__}: {error}".split()))
-            sys.stderr.write(f"error: {told}; python -m pipeline.verify tells of all damage\n")
+            told = f"{type(error).__name__}: {error}"
+            tell_error(f"{told}; python -m pipeline.verify tells of all damage")
             return 1
         there = False  # what lies there is whole: an error from here on is of the place
         path = files.join(output, NAME)
         data = text.encode("utf-8", "backslashreplace")  # of a path that is no UTF-8
         files.write_bytes(path, data)
     except (RequestError, OSError) as error:
-        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
+        tell_error(error)
         return 1 if there else 2
     print(json.dumps({"report": path, "bytes": len(data)}), flush=True)
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pipeline.options import OneLineParser, check_beam_flags
 from storage import files, reach
 from storage.errors import RequestError
-from storage.secrets import hide
+from storage.stdio import tell_error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result = verify(output, lambda line: print(line, file=sys.stderr))
     except (RequestError, OSError) as error:
-        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
+        tell_error(error)
         if there:
             print(json.dumps({"status": "unreadable", "output": output, "problems": 1}), flush=True)
         return 1 if there else 2

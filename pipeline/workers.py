@@ -33,6 +33,8 @@ from apache_beam.portability.api import (
 )
 from google.protobuf import json_format, text_format
 
+from storage.stdio import tell_error
+
 _GRACE = 10  # seconds that a worker has to end when asked to
 _ANSWER = 60  # seconds for the engine to tell the job's options
 
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         port = server.add_insecure_port(f"{request.host}:{request.port}")
     except RuntimeError:
-        sys.stderr.write(f"error: --port {request.port}: cannot be listened at; give a free one\n")
+        tell_error(f"--port {request.port}: cannot be listened at; give a free one")
         return 2
     asked_to_end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

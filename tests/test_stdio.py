@@ -1,0 +1,54 @@
+"""Commands whose stdin, stdout or stderr is not as it should be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage import stdio
+
+ROOT = Path(__file__).parents[1]
+WRONG = {
+    "extract": ["--inptu", "x"],
+    "demo": ["--root", "/dev/null", "--inptu", "x"],
+    "models": ["inspect"],
+    "plan": ["--images", "1", "--model", "none"],
+    "report": ["/nothing/here"],
+    "verify": ["/nothing/here"],
+}
+
+
+@pytest.fixture
+def unread():
+    """The end to write to of a pipe that nobody reads."""
+    end, unread = os.pipe()
+    os.close(end)
+    yield unread
+    os.close(unread)
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_request_is_exit_2_though_nobody_reads_why(command, unread):
+    call = [sys.executable, "-m", f"pipeline.{command}", *WRONG[command]]
+    ended = subprocess.run(call, stdout=subprocess.PIPE, stderr=unread, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+
+
+def test_an_error_is_one_line_without_credentials(capsys):
+    stdio.tell_error(ValueError("a\n  b of https://user:hunter2secret@host/x"))
+    assert capsys.readouterr().err == "error: a b of https://***@host/x\n"
+
+
+def test_no_command_shows_credentials(capsys):
+    from pipeline import demo, plan
+
+    place = "https://user:hunter2secret@host/x.tar.gz"
+    assert plan.main(["--images", "1", "--model", place]) == 2
+    assert demo.main(["--root", "/dev/null", place]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("error: ")
+        assert "https://***@host/x.tar.gz" in line
