@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -63,20 +61,24 @@ def write_photographs(folder: Path) -> tuple[Path, Path]:
     records, pictures = folder / "tfrecord", folder / "files"
     if folder.exists():
         return records, pictures
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")  # another call may do the same
-    for name in (records.name, pictures.name):
-        (scratch / name).mkdir(parents=True)
-    shards = [(scratch / records.name / f"photographs-{i:05}-of-00002").open("wb") for i in (0, 1)]
-    for number, (name, data) in enumerate(photographs()):
-        (scratch / pictures.name / name).write_bytes(data)
-        features = {"image/encoded": data, "image/filename": name.encode()}
-        tfrecord.write_record(shards[number % 2], example.serialize_example(features))
-    for shard in shards:
-        shard.close()
-    try:
-        scratch.rename(folder)
-    except OSError:
-        shutil.rmtree(scratch)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with files.scratch(folder.parent, f"{folder.name}.") as scratch:
+        whole = scratch / "whole"
+        for name in (records.name, pictures.name):
+            (whole / name).mkdir(parents=True)
+        names = [f"photographs-{i:05}-of-00002" for i in (0, 1)]
+        shards = [(whole / records.name / name).open("wb") for name in names]
+        for number, (name, data) in enumerate(photographs()):
+            (whole / pictures.name / name).write_bytes(data)
+            features = {"image/encoded": data, "image/filename": name.encode()}
+            tfrecord.write_record(shards[number % 2], example.serialize_example(features))
+        for shard in shards:
+            shard.close()
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.exists():  # another call was quicker
+                raise
     return records, pictures
 
 
@@ -114,6 +116,8 @@ def main(argv: Sequence[str]) -> int:
     full = [*given, *itertools.chain.from_iterable(missing.items())]
     try:
         options, beam_args = flags.parse(full)
+        if missing:
+            files.check_writable(str(out), "--root")
         if "--model" in missing:
             sys.stderr.write(
                 "WARNING: no --model given, so this runs nasnet_mobile with SEEDED RANDOM weights."
@@ -123,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
         if "--input" not in missing:
             return extract.main(full)
         return _extract_both(options, beam_args, out / ".photographs")
-    except RequestError as error:
+    except (RequestError, OSError) as error:
         tell_error(error)
         return 2
 
@@ -141,7 +145,7 @@ def _extract_both(options: flags.Options, beam_args: Sequence[str], folder: Path
     for run in runs:  # what is wrong with the second is told before the first
         job.run(dataclasses.replace(run, dry_run=True), beam_args)
     results: list[dict[str, Any]] = [job.run(run, beam_args) for run in runs]
-    sys.stdout.write(json.dumps({**results[0], "also": results[1]}) + "\n")
+    job.tell({**results[0], "also": results[1]})
     return max(job.EXIT_CODES[result["status"]] for result in results)
 
 
