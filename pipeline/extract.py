@@ -54,8 +54,9 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _interrupted)
     code = command()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader has gone
+            stream.flush()
     _leave(code)  # TensorFlow's and Beam's threads need not be waited for
 
 
@@ -102,7 +103,8 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     if files is not None and hasattr(files, "NewFile"):
         files.NewFile.abandon_all(for_good=True)
     name = signal.Signals(number).name
-    os.write(2, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
+    with contextlib.suppress(OSError):  # Ctrl-C ends `2>&1 | tee log` too, and with it the reader
+        os.write(2, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
     _leave(128 + number)  # threads of the runner would hold a gentler exit back
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -76,3 +77,27 @@ def test_a_signal_while_libraries_are_imported(tmp_path, seconds):
     _, told = process.communicate(timeout=60)
     assert process.returncode in (143, -15, 2)  # -15 before the first line, 2 after the last
     assert "Traceback" not in told
+
+
+def answered(command, **streams):
+    """A process that has run `command`, Python text, as one of our commands."""
+    code = "import os, signal\nfrom pipeline.extract import run_process\n"
+    code += f"def command():\n    {command}\n    return 0\nrun_process(command)"
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=60, **streams)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", 130),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143),
+        ("print('told')", 0),
+    ],
+)
+def test_a_process_ends_as_it_should_though_nobody_reads_what_it_says(command, code):
+    end, unread = os.pipe()
+    os.close(end)
+    ended = answered(command, stdout=unread, stderr=unread)
+    os.close(unread)
+    assert ended.returncode == code
