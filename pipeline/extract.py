@@ -8,6 +8,7 @@ On Dataflow the same with `--runner DataflowRunner --project P --region R --temp
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import logging
 import os
@@ -51,8 +52,9 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     logging.getLogger("pipeline").setLevel(logging.INFO)
     _tell_of_dataflow()
     imports.hide(*_UNUSED)
-    signal.signal(signal.SIGINT, _interrupted)
-    signal.signal(signal.SIGTERM, _interrupted)
+    answer = functools.partial(_interrupted, os.dup(2))
+    signal.signal(signal.SIGINT, answer)
+    signal.signal(signal.SIGTERM, answer)
     code = command()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its reader has gone
@@ -96,15 +98,18 @@ def _is_told(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or str(record.msg).startswith(told)
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    """End the process for a signal: 128 + its number, without a commit or temporary files."""
+def _interrupted(stderr: int, number: int, frame: FrameType | None) -> None:
+    """End the process for a signal: 128 + its number, without a commit or temporary files.
+
+    `stderr` is told: what 2 was at first, for an import of TensorFlow holds back what goes there.
+    """
     # An import here could wait for, or find half done, the one that the signal broke into.
     files = sys.modules.get("storage.files")
     if files is not None and hasattr(files, "NewFile"):
         files.NewFile.abandon_all(for_good=True)
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # Ctrl-C ends `2>&1 | tee log` too, and with it the reader
-        os.write(2, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
+        os.write(stderr, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
     _leave(128 + number)  # threads of the runner would hold a gentler exit back
 
 

@@ -101,3 +101,11 @@ def test_a_process_ends_as_it_should_though_nobody_reads_what_it_says(command, c
     ended = answered(command, stdout=unread, stderr=unread)
     os.close(unread)
     assert ended.returncode == code
+
+
+def test_a_signal_is_told_of_though_stderr_is_held_back():
+    """As it is while TensorFlow is imported."""
+    held = "os.dup2(os.open(os.devnull, os.O_WRONLY), 2); os.kill(os.getpid(), signal.SIGTERM)"
+    ended = answered(held, stderr=subprocess.PIPE, text=True)
+    told = "interrupted by SIGTERM; --if_exists resume goes on from here\n"
+    assert (ended.returncode, ended.stderr) == (143, told)
