@@ -22,10 +22,9 @@ if not __package__:  # run by its path, as some schedulers do: its own folder wo
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from pipeline import options as flags
-from storage import imports
+from storage import imports, stdio
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
-from storage.stdio import tell_error
 
 # Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
 _UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub")
@@ -42,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return job.tell(job.run(options, beam_args))
     except RequestError as error:
-        tell_error(error)
+        stdio.tell_error(error)
         return 2
 
 
 def run_process(command: Callable[[], int]) -> NoReturn:
     """Run `command` as this process: logs to stderr, signals answered, its result the exit code."""
+    stdio.open_missing()
     logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     _tell_of_dataflow()

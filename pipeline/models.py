@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 from models.catalog import FORMATS, HEADS, NETWORKS
 from pipeline.beam_flags import BEAM_FLAGS
 from pipeline.options import OneLineParser, value_range_of
-from storage import files, reach
+from storage import files, reach, stdio
 from storage.errors import RequestError
 from storage.secrets import hide
-from storage.stdio import tell_error
 
 if TYPE_CHECKING:
     from models.loading import LoadSpec
@@ -239,10 +238,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.configure_stores(beams)
         {"export": export, "inspect": inspect, "prepare": prepare}[request.verb](request)
     except (RequestError, OSError) as error:
-        tell_error(error)
+        stdio.tell_error(error)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    stdio.open_missing()
     sys.exit(main())

@@ -20,8 +20,8 @@ from models.catalog import HUB_MODELS, NETWORKS
 from pipeline import figures
 from pipeline.figures import PRICES, Figure
 from pipeline.options import OneLineParser, byte_size, names_list
+from storage import stdio
 from storage.errors import RequestError
-from storage.stdio import tell_error
 
 _HOUR = 3600.0
 _PRICE = "price_{}".format  # a price's flag
@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = reckon(parser().parse_args(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
-        tell_error(error)
+        stdio.tell_error(error)
         return 2
     sys.stderr.write(table(plan) + "\n")
     print(json.dumps(plan), flush=True)
@@ -405,4 +405,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stdio.open_missing()
     sys.exit(main())

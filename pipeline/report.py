@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.options import OneLineParser, check_beam_flags
-from storage import files, reach
+from storage import files, reach, stdio
 from storage.errors import RequestError
-from storage.stdio import tell_error
 
 NAME = "report.html"
 MOST = 5000  # rows
@@ -80,18 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = page(output, look(output, manifest, request.rows))
         except (pa.ArrowException, OSError, *_WRONG) as error:
             told = f"{type(error).__name__}: {error}"
-            tell_error(f"{told}; python -m pipeline.verify tells of all damage")
+            stdio.tell_error(f"{told}; python -m pipeline.verify tells of all damage")
             return 1
         there = False  # what lies there is whole: an error from here on is of the place
         path = files.join(output, NAME)
         data = text.encode("utf-8", "backslashreplace")  # of a path that is no UTF-8
         files.write_bytes(path, data)
     except (RequestError, OSError) as error:
-        tell_error(error)
+        stdio.tell_error(error)
         return 1 if there else 2
     print(json.dumps({"report": path, "bytes": len(data)}), flush=True)
     return 0
 
 
 if __name__ == "__main__":
+    stdio.open_missing()
     sys.exit(main())

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.options import OneLineParser, check_beam_flags
-from storage import files, reach
+from storage import files, reach, stdio
 from storage.errors import RequestError
-from storage.stdio import tell_error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result = verify(output, lambda line: print(line, file=sys.stderr))
     except (RequestError, OSError) as error:
-        tell_error(error)
+        stdio.tell_error(error)
         if there:
             print(json.dumps({"status": "unreadable", "output": output, "problems": 1}), flush=True)
         return 1 if there else 2
@@ -56,4 +55,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stdio.open_missing()
     sys.exit(main())

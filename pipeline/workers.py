@@ -33,7 +33,7 @@ from apache_beam.portability.api import (
 )
 from google.protobuf import json_format, text_format
 
-from storage.stdio import tell_error
+from storage import stdio
 
 _GRACE = 10  # seconds that a worker has to end when asked to
 _ANSWER = 60  # seconds for the engine to tell the job's options
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         port = server.add_insecure_port(f"{request.host}:{request.port}")
     except RuntimeError:
-        tell_error(f"--port {request.port}: cannot be listened at; give a free one")
+        stdio.tell_error(f"--port {request.port}: cannot be listened at; give a free one")
         return 2
     asked_to_end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -183,4 +183,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stdio.open_missing()
     sys.exit(main())

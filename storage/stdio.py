@@ -9,6 +9,17 @@ import sys
 from storage.secrets import hide
 
 
+def open_missing() -> None:
+    """Open what the caller has closed of stdin, stdout and stderr (`>&-`) on /dev/null.
+
+    To be called before any other file is opened, which would take the number, and be written into.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number's
+            setattr(sys, name, os.fdopen(number, mode, errors="backslashreplace"))
+
+
 def tell_error(error: object) -> None:
     """Tell `error` on stderr, in one line and without credentials, whether or not it is read."""
     try:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import exports
 import pytest
+from pictures import jpeg
 
 from storage import stdio
 
@@ -52,3 +54,13 @@ def test_no_command_shows_credentials(capsys):
     for line in capsys.readouterr().err.splitlines():
         assert line.startswith("error: ")
         assert "https://***@host/x.tar.gz" in line
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- 2>&-"])
+def test_a_command_works_whatever_its_caller_has_closed(tmp_path, closed):
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    model = exports.exported("saved_model", "classification")
+    flags = f"--input {tmp_path}/*.jpg --model {model} --output {tmp_path}/out"
+    for command in (f"extract {flags}", f"verify {tmp_path}/out"):
+        call = f"exec {sys.executable} -m pipeline.{command} {closed}"
+        assert subprocess.run(call, shell=True, cwd=ROOT, capture_output=True).returncode == 0
