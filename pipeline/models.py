@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.catalog import FORMATS, HEADS, NETWORKS
 from pipeline.beam_flags import BEAM_FLAGS
-from pipeline.options import OneLineParser, value_range_of
+from pipeline.options import OneLineParser, joined, value_range_of
 from storage import files, reach, stdio
 from storage.errors import RequestError
 from storage.secrets import hide
@@ -232,7 +232,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one model command; returns the exit code: 0, or 2 where the request is wrong."""
     try:
-        ours, beams = _split(sys.argv[1:] if argv is None else argv)
+        ours, beams = _split(joined(sys.argv[1:] if argv is None else argv))
         request = parser().parse_args(ours)
         if beams:
             files.configure_stores(beams)

@@ -490,9 +490,23 @@ def _default_text(knob_field: dataclasses.Field[Any]) -> str:
     return "" if shown == "off" else f" ({shown if shown == 'required' else 'default ' + shown})"
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+    """`argv` with a range below 0 in one word with its flag, `--value_range=-1,1`.
+
+    argparse would take it for a flag.
+    """
+    words: list[str] = []
+    for word in argv:
+        if words[-1:] == ["--value_range"] and re.match(r"-[\d.]", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """`argv` as options and the flags that are Beam's. Raises RequestError for anything else."""
-    known, rest = parser().parse_known_args(list(argv))
+    known, rest = parser().parse_known_args(joined(argv))
     check_beam_flags(rest)
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import beam_flags, beam_options, options, preflight, readme
+from pipeline import beam_flags, beam_options, models, options, preflight, readme
 from pipeline.options import Options, parse
 from storage.errors import RequestError
 
@@ -94,6 +94,15 @@ def test_sizes_with_units(text, size):
     assert parse([*REQUIRED, "--max_image_bytes", text])[0].max_image_bytes == size
 
 
+@pytest.mark.parametrize("text", ["-1,1", "-.5,0.5", "-2,-1", "0,1"])
+def test_a_range_is_taken_in_one_word_or_two(text):
+    low, high = map(float, text.split(","))
+    for words in (["--value_range", text], [f"--value_range={text}"]):
+        assert parse([*REQUIRED, *words])[0].value_range == (low, high)
+        request = models.parser().parse_args(options.joined(["inspect", "m", *words]))
+        assert request.value_range == (low, high)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -123,6 +132,8 @@ def test_dry_run_is_ours_and_not_forwarded():
         (["--streaming", "photo.jpg"], "belongs to no flag"),
         (["--out", "x"], "--out"),
         (["--limit", "0"], "at least 1"),
+        (["--limit", "-1,1"], "--limit: expected one argument"),
+        (["--value_range", "--quiet"], "--value_range: expected one argument"),
         (["--limit", "many"], "many"),
         (["--max_failure_rate", "1.5"], "0 to 1"),
         (["--decode_seconds", "0"], "more than 0"),
