@@ -54,6 +54,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         self._shares = itertools.cycle(shares or [cores])
         self._workers: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
+        self._ended = False
 
     def StartWorker(self, request: Any, context: Any) -> Any:
         """Start one worker; the answer tells what stood in the way, if anything did."""
@@ -61,6 +62,8 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         try:
             environment = {**os.environ, **_environment(request)}
             with self._lock:
+                if self._ended:
+                    raise RuntimeError("the pool is ending, and starts no more workers")
                 self._forget_ended()
                 share = next(self._shares)
                 process = subprocess.Popen(
@@ -97,8 +100,9 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
             del self._workers[key]
 
     def stop_all(self) -> None:
-        """End every worker."""
+        """End every worker; one whose start is under way is not started any more."""
         with self._lock:
+            self._ended = True
             processes, self._workers = list(self._workers.values()), {}
         _end(processes)
 
@@ -177,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.start()
     log.info("listening on %s:%d", request.host, port)
     asked_to_end.wait()
-    pool.stop_all()
     server.stop(0)
+    pool.stop_all()  # calls that the server has let in go on
     return 0
 
 

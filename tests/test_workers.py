@@ -161,6 +161,13 @@ def test_no_worker_outlives_the_pool():
     assert not running(process.pid)
 
 
+def test_a_start_that_is_under_way_when_the_pool_ends_leaves_no_worker(monkeypatch):
+    with served_pool() as (pool, ask):
+        monkeypatch.setattr(workers, "_environment", lambda request: pool.stop_all() or {})
+        assert "the pool is ending" in ask().StartWorker(start_request()).error
+        assert not pool._workers
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_workers_are_pinned_in_turn():
     with served_pool(cores_each=1) as (pool, ask):
