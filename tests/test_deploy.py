@@ -24,6 +24,7 @@ from sdists import bare_environment, built_sdist
 from test_house import pins
 
 import pipeline
+from models.loading import default_batch_size
 from pipeline import options, plan
 from pipeline.beam_flags import BEAM_FLAGS
 
@@ -221,6 +222,13 @@ def test_the_templates_parameters_are_flags():
         for pattern in parameter.get("regexes", ()):
             for choice in ours[name].metadata.get("choices", ()) if name in ours else ():
                 assert re.fullmatch(pattern, choice), (name, choice)
+
+
+def test_the_template_tells_the_default_batch_sizes_of_a_gpu():
+    metadata = json.loads((ROOT / "deploy" / "metadata.json").read_text())
+    (told,) = (p["helpText"] for p in metadata["parameters"] if p["name"] == "batch_size")
+    for size in (224, 331):
+        assert str(default_batch_size(size, "float32", on_gpu=True)) in told
 
 
 def test_the_runbook_names_flags_that_there_are():
