@@ -147,7 +147,7 @@ def gpu_rate(request: argparse.Namespace, model: Model) -> Figure | None:
     """Images a second of the model on one GPU; None without one. RequestError where not known."""
     if not request.gpu:
         return None
-    if request.gpu_images_per_second:
+    if request.gpu_images_per_second is not None:
         return Figure(request.gpu_images_per_second, "images/s", "--gpu_images_per_second")
     peak = figures.GPU_TERAFLOPS.get(request.gpu)
     if peak is None or model.multiply_adds is None:
@@ -155,17 +155,23 @@ def gpu_rate(request: argparse.Namespace, model: Model) -> Figure | None:
             f"--gpu {request.gpu}: the speed of {request.model} there is not known; give "
             "--gpu_images_per_second"
         )
+    if request.precision != "float32":
+        raise RequestError(
+            f"--precision {request.precision}: what it does on --gpu {request.gpu} is not known, "
+            "only peaks in float32 are; leave it out, or give --gpu_images_per_second"
+        )
     rate = peak.value * 1e12 * figures.GPU_SHARE.value / (model.multiply_adds * 2e9)
     return Figure(rate, "images/s", f"ASSUMED: {figures.GPU_SHARE.value:.0%} of the peak")
 
 
 def reckon(request: argparse.Namespace) -> dict[str, Any]:
     """The plan that `request` asks for, as JSON holds it. Raises RequestError."""
-    for flag in ("images_per_file", "vcpus", "workers", "hours", "image_bytes"):
+    above_0 = ("images_per_file", "vcpus", "workers", "hours", "image_bytes")
+    for flag in (*above_0, "gpu_images_per_second"):
         value = getattr(request, flag)
         if value is not None and not 0 < value < math.inf:
             raise RequestError(f"--{flag} {value}: must be more than 0, and a number")
-    for flag in ("decode_seconds", "cpu_seconds", "gpu_images_per_second", *map(_PRICE, PRICES)):
+    for flag in ("decode_seconds", "cpu_seconds", *map(_PRICE, PRICES)):
         value = getattr(request, flag)
         if value is not None and not 0 <= value < math.inf:
             raise RequestError(f"--{flag} {value}: must be 0 or more, and a number")

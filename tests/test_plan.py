@@ -60,6 +60,11 @@ def test_a_gpu_waits_for_the_vcpus_that_decode():
     assert reckoned(*flags, "--vcpus", str(wanted - 1))["bound_by"] == "vCPUs"
 
 
+def test_bfloat16_on_a_gpu_has_a_plan_where_its_speed_is_given():
+    flags = ("--gpu", "nvidia-l4", "--precision", "bfloat16", "--gpu_images_per_second", "9")
+    assert reckoned(*flags)["images_per_second_per_worker"] == 9
+
+
 def test_single_objects_are_opened_by_one_process_a_worker():
     """More vCPUs do not help, containers do."""
     flags = ("--gpu", "nvidia-tesla-t4", "--vcpus", "32")
@@ -206,6 +211,20 @@ def test_every_constant_tells_its_unit_and_source():
             "--price_gpu_hour",
         ),
         (["--images", "1", "--model", "nasnet_mobile", "--workers", "0"], "--workers 0"),
+        *(
+            (
+                ["--images", "1", "--model", "nasnet_mobile", "--gpu_images_per_second", rate],
+                f"--gpu_images_per_second {rate}",
+            )
+            for rate in ("0.0", "-1.0", "nan")
+        ),
+        (
+            [
+                *("--images", "1", "--model", "nasnet_mobile"),
+                *("--gpu", "nvidia-l4", "--precision", "bfloat16"),
+            ],
+            "--precision bfloat16",
+        ),
         (["--images", "1", "--model", "nasnet_mobile", "--hours", "-1"], "--hours"),
         (["--images", "1", "--model", "nasnet_mobile", "--hours", "nan"], "--hours nan"),
         (["--images", "inf", "--model", "nasnet_mobile"], "'inf' is no count"),
