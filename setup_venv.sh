@@ -28,6 +28,11 @@ fi
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps)
 have="$venv/holds-$(basename "$lock")"
 if ! cmp -s "$lock" "$have"; then
+  # It may replace what a lock of another commit has put there, which that holds no more then; those
+  # of one commit agree.
+  for held in "$venv"/holds-*.txt; do
+    cmp -s "$held" "$(dirname "$lock")/${held##*/holds-}" || rm -f "$held"
+  done
   echo "installing $(basename "$lock"), about two minutes" >&2
   # Without dependency resolution: Beam's pin on Pillow would refuse the lock's Pillow 13.
   "${pip[@]}" --require-hashes --requirement "$lock"

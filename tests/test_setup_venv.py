@@ -1,0 +1,52 @@
+"""setup_venv.sh: what it installs, and what it knows to be there, without installing anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Calls setup_venv.sh for a lock of a commit, both by name; what pip then installs."""
+    shutil.copy(ROOT / "setup_venv.sh", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "made-for").write_text(".".join(map(str, sys.version_info[:2])))
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/installed\n')
+    python.chmod(0o755)
+
+    def call(lock, commit):
+        for name in ("runtime", "test"):
+            (tmp_path / "requirements" / f"{name}.txt").write_text(f"{name} of {commit}")
+        (tmp_path / "installed").write_text("")
+        subprocess.run(
+            [tmp_path / "setup_venv.sh", tmp_path / "requirements" / f"{lock}.txt"],
+            env={**os.environ, "PYTHON": sys.executable},
+            capture_output=True,
+            check=True,
+        )
+        return (tmp_path / "installed").read_text().count("--requirement")
+
+    return call
+
+
+def test_locks_of_one_commit_stand_side_by_side(held):
+    calls = [held(lock, "a") for lock in ("runtime", "test", "runtime", "test")]
+    assert calls == [1, 1, 0, 0]
+
+
+def test_a_lock_is_installed_again_after_one_of_another_commit(held):
+    held("runtime", "a")
+    held("test", "b")
+    assert held("runtime", "a") == 1
+    assert held("test", "b") == 1
