@@ -64,6 +64,14 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
             f"--gpu {options.gpu}: asks Dataflow for one, and only it; other runners use the GPU "
             "that their workers have; leave it out"
         )
+    if (options.input_format, options.if_exists) == ("failures", "overwrite"):
+        tried_again = {os.path.realpath(files.absolute(path)) for path in options.input}
+        if os.path.realpath(output) in tried_again:
+            raise RequestError(
+                f"--if_exists overwrite: would leave of {output} nothing but what failed there and "
+                "is tried again; give --if_exists resume --retry_failures, which keeps the rest, "
+                "or another --output"
+            )
     stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
     for path in stores.values():
         reach.check(path)

@@ -242,3 +242,22 @@ def test_what_is_mended_moves_to_the_features(tmp_path, job):
     )
     assert same.manifest["counts"] == {"images": 4, "features": 3, "failures": 1}
     assert job(first.output, input_format="auto", output=tmp_path / "no").code == 3
+
+
+def test_an_output_is_not_overwritten_by_its_own_failures(tmp_path, job):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.jpg").write_bytes(jpeg(40 + n) if n else b"nothing")
+    first = job(folder, max_failure_rate=1)
+    before = first.manifest
+    (folder / "0.jpg").write_bytes(jpeg(80))
+    (tmp_path / "link").symlink_to(first.output)
+    for place in (first.output, f"{first.output}/", tmp_path / "link"):
+        ran = job(place, input_format="failures", if_exists="overwrite")
+        assert (ran.code, ran.line, ran.manifest) == (2, None, before)
+        assert "give --if_exists resume --retry_failures" in ran.stderr
+    kept = job(first.output, input_format="failures", if_exists="resume")
+    assert kept.manifest["counts"] == before["counts"]
+    told = job(first.output, input_format="failures", if_exists="resume", retry_failures=True)
+    assert told.manifest["counts"] == {"images": 3, "features": 3, "failures": 0}
