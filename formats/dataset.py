@@ -738,7 +738,8 @@ def _publish(
         _delete(run, ours - set(listed))
         raise RunError(
             f"{run.output}: run {before['run_id']} has published here since this run began; its "
-            "data were not touched and this run's were dropped; give another --output"
+            "data were not touched and this run's were dropped; --if_exists resume goes on from "
+            "it, or give another --output"
         )
     doomed = set(before.get("superseded", ())) if before else set()
     gone = {part.path for part in fresh} - (ours - doomed)

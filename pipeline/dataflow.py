@@ -5,8 +5,9 @@ Everything is decided from the flags alone; no cloud is called.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,23 @@ def is_dataflow(beam_args: Sequence[str]) -> bool:
     """Whether Beam's flags name Dataflow's runner, however it is spelt."""
     name = _view(beam_args, "StandardOptions").runner or ""
     return name.lower().rpartition(".")[2].removesuffix("runner") == "dataflow"
+
+
+@contextlib.contextmanager
+def uncalled() -> Iterator[None]:
+    """Let Beam's check of its flags ask no cloud, where it would even make a bucket."""
+    from apache_beam.options.pipeline_options import GoogleCloudOptions as Flags
+
+    # The bucket for want of --temp_location; a warning of a bucket that keeps what is deleted.
+    asking = ("_create_default_gcs_bucket", "_warn_if_soft_delete_policy_enabled")
+    before = {name: getattr(Flags, name) for name in asking}
+    for name in asking:
+        setattr(Flags, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Flags, name, method)
 
 
 def accelerator(gpu: str | None) -> str | None:
@@ -145,14 +163,6 @@ def is_waited_for(beam_args: Sequence[str]) -> bool:
     """Whether the launcher stays until the job has ended."""
     templated = _view(beam_args, "GoogleCloudOptions").template_location
     return not (_view(beam_args, "StandardOptions").no_wait_until_finish or templated)
-
-
-def outlives_launcher(beam_args: Sequence[str]) -> bool:
-    """Whether the job goes on without the launcher, which has started no part of it."""
-    told = _view(beam_args, "PortableOptions")
-    runner = str(_view(beam_args, "StandardOptions").runner or "").lower()
-    served = told.job_endpoint not in (None, "embed") and not runner.startswith("prism")
-    return is_dataflow(beam_args) or (served and told.environment_type != "LOOPBACK")
 
 
 def unbounded(beam_args: Sequence[str]) -> bool:

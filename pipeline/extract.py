@@ -27,6 +27,7 @@ from storage.errors import RequestError, RunError
 from storage.secrets import hide
 
 # Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
+_RESUME = "--if_exists resume goes on from here"
 _UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub")
 
 
@@ -109,7 +110,8 @@ def _interrupted(stderr: int, number: int, frame: FrameType | None) -> None:
         files.NewFile.abandon_all(for_good=True)
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # Ctrl-C ends `2>&1 | tee log` too, and with it the reader
-        os.write(stderr, f"interrupted by {name}; --if_exists resume goes on from here\n".encode())
+        told = getattr(sys.modules.get("pipeline.job"), "left_behind", None) or _RESUME
+        os.write(stderr, f"interrupted by {name}; {told}\n".encode())
     _leave(128 + number)  # threads of the runner would hold a gentler exit back
 
 

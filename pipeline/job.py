@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 import uuid
@@ -18,7 +19,7 @@ import pyarrow as pa
 from formats import dataset, isolation
 from formats.timing import advice
 from models import prepared
-from pipeline import dataflow, preflight
+from pipeline import dataflow, portable, preflight
 from pipeline.options import Options
 from storage import files
 from storage.errors import RequestError, RunError
@@ -32,6 +33,12 @@ COUNTED = "counted"  # --sink null
 SUBMITTED = "submitted"  # handed to a service, and not waited for
 EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, SUBMITTED: 0, FAILED: 1, TOO_MANY: 3}
 COUNTS = ("images", "features", "failures", "skipped")
+_AWAY = (
+    "the job may go on where it runs: cancel it there, or let it end, and give --if_exists resume "
+    "after that only"
+)
+_THROWN = re.compile(r"^(?:[\w.]+[.])?(\w*(?:Error|Exception|Exit|Interrupt|Memory)): *(.+)$", re.M)
+left_behind: str | None = None  # what is to be said of a run that does not end with this process
 
 log = logging.getLogger("pipeline")
 
@@ -62,7 +69,10 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         return failed(output, error, started)
     from pipeline import progress  # here, since it imports Beam
 
+    global left_behind
     waited = dataflow.is_waited_for(beam_args)
+    away = dataflow.is_dataflow(beam_args) or portable.goes_on(beam_args)
+    left_behind = _AWAY if away else None
     ended = False
     try:
         with contextlib.nullcontext() if options.quiet else progress.told(options.stop_after):
@@ -90,8 +100,10 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
                 _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
-        return failed(plan.publication.output, error, started)
+        told = None if _is_verdict(error) else left_behind
+        return failed(plan.publication.output, error, started, told)
     finally:
+        left_behind = None
         # Else the job may read it yet, here or there, and its commit removes it.
         if plan.finished and (ended or preflight.runs_here(beam_args)):
             try:
@@ -100,10 +112,12 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
                 log.warning("%s", failure_line(error))
 
 
-def failed(output: str | None, error: BaseException, started: float) -> dict[str, Any]:
-    """The JSON line of a run that `error` ended, which is logged."""
+def failed(
+    output: str | None, error: BaseException, started: float, more: str | None = None
+) -> dict[str, Any]:
+    """The JSON line of a run that `error` ended, which is logged, with what `more` there is."""
     files.NewFile.abandon_all()  # a runner need not tear down the bundle that failed
-    log.error("%s", failure_line(error))
+    log.error("%s", "; ".join(filter(None, (failure_line(error), more))))
     return summary(output, FAILED, None, started)
 
 
@@ -174,12 +188,23 @@ def counted(result: Any, options: Options) -> tuple[str, dict[str, Any]]:
     return status, {**counts, "failures_by": reasons}
 
 
+def _is_verdict(error: BaseException) -> bool:
+    """Whether `error` tells that the job has ended; any other is of the way to it."""
+    return isinstance(error, RunError) or "failed in state" in str(error)
+
+
 def failure_line(error: BaseException) -> str:
     """What went wrong in one line under 1 kB; the first cause, not Beam's wrapping."""
     while error.__cause__ is not None and not isinstance(error, RunError):
         error = error.__cause__
-    text = hide(" ".join(str(error).split()))[:800]
-    return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"
+    name, text = type(error).__name__, str(error)
+    _, traceback, far = text.partition("Traceback (most recent call last)")
+    if traceback and (thrown := _THROWN.search(far)):  # a worker's, as an engine hands it on
+        name, text = thrown[1], thrown[2].partition(" [while running ")[0]
+    text = hide(" ".join(text.split()))[:800]
+    if not text:
+        return f"{name}, without a reason"
+    return text if name == "RunError" else f"{name}: {text}"
 
 
 def summary(

@@ -21,7 +21,7 @@ from formats.isolation import Limits, shared_processes, start_ahead
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text, utf8
 from models import handles, prepared
-from pipeline import __version__, dataflow
+from pipeline import __version__, dataflow, portable
 from pipeline.options import Options
 from storage import files, imports, reach
 from storage.errors import RequestError
@@ -51,11 +51,10 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     stored = list(map(files.absolute, stored))
     warnings: list[str] = []  # told when nothing stands in the way: what does has a line of its own
     if any(map(files.is_remote, stored)) or beam_args:
-        _check_beam_flags(beam_args)
+        _check_beam_flags(options, beam_args)
         files.configure_stores(beam_args)
     workers = None
     if beam_args and dataflow.is_dataflow(beam_args):
-        dataflow.check(options, beam_args)
         workers = dataflow.workers(options, beam_args)
         if dataflow.unbounded(beam_args):
             warnings.append("--max_num_workers is not given: the service's own bound is thousands")
@@ -289,8 +288,11 @@ def runner_of(name: str | None) -> str:
     return DIRECT_RUNNER if bare in ("direct", "switchingdirect") else str(name)
 
 
-def _check_beam_flags(beam_args: Sequence[str]) -> None:
-    """Raise RequestError for values that Beam refuses, which it would tell in many lines, late."""
+def _check_beam_flags(options: Options, beam_args: Sequence[str]) -> None:
+    """Raise RequestError for values that Beam refuses, which it would tell in many lines, late, and
+    for what its runners cannot do with `options`; flags alone tell, and whether a job server is
+    there.
+    """
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
     from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
     from apache_beam.runners.runner import create_runner
@@ -298,23 +300,29 @@ def _check_beam_flags(beam_args: Sequence[str]) -> None:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            options = PipelineOptions(list(beam_args))
-            options.get_all_options()
+            given = PipelineOptions(list(beam_args))
+            given.get_all_options()
     except SystemExit:
         raise RequestError(told.getvalue().strip().rpartition("error: ")[2]) from None
-    standard = options.view_as(StandardOptions)
+    if dataflow.is_dataflow(beam_args):
+        dataflow.check(options, beam_args)
+    standard = given.view_as(StandardOptions)
     standard.runner = runner_of(standard.runner)
     try:
-        problems = PipelineOptionsValidator(options, create_runner(standard.runner)).validate()
+        with dataflow.uncalled():
+            problems = PipelineOptionsValidator(given, create_runner(standard.runner)).validate()
     except Exception as error:  # whatever a runner's lookup raises, the name is what was wrong
         raise RequestError(f"--runner {standard.runner}: {error}") from None
     if problems:
         raise RequestError(problems[0])
-    if standard.no_wait_until_finish and not dataflow.outlives_launcher(beam_args):
+    if standard.no_wait_until_finish and not (
+        dataflow.is_dataflow(beam_args) or portable.goes_on(beam_args)
+    ):
         raise RequestError(
             "--no_wait_until_finish: the job would end with this command, undone; it is for "
             "Dataflow, and for a --job_endpoint with workers of its own; leave it out"
         )
+    portable.check(beam_args)
 
 
 def _check_output(output: str, if_exists: str, warnings: list[str]) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import pytest
 import servers
 from pictures import jpeg
 
-from pipeline import dataflow
+from pipeline import dataflow, preflight
 from pipeline.options import parse
 from storage import files
 from storage.errors import RequestError
@@ -90,6 +90,21 @@ def test_what_would_fail_far_away_is_refused_here(ours, beams, told):
         dataflow.check(wanted, [*BEAM, *beams])
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_no_cloud_is_called_and_no_bucket_made_for_want_of_a_place(monkeypatch):
+    from apache_beam.io.gcp import gcsio
+
+    def called(*_):
+        pytest.fail("a cloud was called")
+
+    monkeypatch.setattr(gcsio, "GcsIO", called)
+    monkeypatch.setattr(gcsio, "get_or_create_default_gcs_bucket", called)
+    wanted, _ = options()
+    flags = [*BEAM, "--project", "project", "--region", "europe-west1"]
+    with pytest.raises(RequestError, match="temp_location"):
+        preflight._check_beam_flags(wanted, flags)
+    preflight._check_beam_flags(wanted, [*flags, "--temp_location", "gs://bucket/tmp"])
 
 
 def test_workers_without_tensorflow_are_refused():

@@ -900,6 +900,11 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
 # --- wrong requests ----------------------------------------------------------------------------
 
 
+NOBODY = {"runner": "PortableRunner", "job_endpoint": "localhost:1"}
+LOOPBACK = {"environment_type": "LOOPBACK"}
+DATAFLOW = {"runner": "DataflowRunner", "project": "p", "region": "r"}
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -927,10 +932,11 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
         ({"direct_num_workers": "many"}, "direct_num_workers"),
         ({"no_wait_until_finish": True}, "would end with this command"),
         ({"no_wait_until_finish": True, "runner": "PrismRunner"}, "would end with this command"),
-        (
-            {"no_wait_until_finish": True, "job_endpoint": "h:1", "environment_type": "LOOPBACK"},
-            "would end with this command",
-        ),
+        ({"no_wait_until_finish": True, **NOBODY, **LOOPBACK}, "would end with this command"),
+        ({**NOBODY, **LOOPBACK}, "--job_endpoint localhost:1: no job server answers there"),
+        ({**NOBODY, **LOOPBACK, "job_endpoint": "localhost"}, "give the HOST:PORT of one that"),
+        (NOBODY, "--environment_type is not given"),
+        (DATAFLOW, "a path of this machine"),
         ({"input_format": "failures"}, "no output of this program"),
     ],
 )

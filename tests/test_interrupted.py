@@ -12,9 +12,11 @@ import threading
 import time
 from pathlib import Path
 
+import exports
 import pytest
+from pictures import jpeg
 
-from pipeline import extract
+from pipeline import extract, job
 from storage.errors import RunError
 from storage.files import NewFile
 
@@ -109,3 +111,49 @@ def test_a_signal_is_told_of_though_stderr_is_held_back():
     ended = answered(held, stderr=subprocess.PIPE, text=True)
     told = "interrupted by SIGTERM; --if_exists resume goes on from here\n"
     assert (ended.returncode, ended.stderr) == (143, told)
+
+
+FAR = """Pipeline BeamApp-1 failed in state FAILED: java.lang.RuntimeException: Error received from
+SDK harness for instruction 1: Traceback (most recent call last):
+  File "apache_beam/runners/common.py", line 1512, in process
+    raise RunError("x")
+storage.errors.RunError: /in/a: BadChecksum at byte 7; it ends here
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+RuntimeError: storage.errors.RunError: /in/a: BadChecksum [while running 'ReadUnits']
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError(FAR), "/in/a: BadChecksum at byte 7; it ends here"),
+        (RuntimeError(FAR.replace("storage.errors.RunError", "ValueError")), "ValueError: /in/a: "),
+        (RuntimeError("far"), "RuntimeError: far"),
+        (TimeoutError(), "TimeoutError, without a reason"),
+    ],
+)
+def test_the_reason_of_a_worker_elsewhere_is_told(error, told):
+    assert job.failure_line(error).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on"),
+    [(OSError("the stream was reset"), True), (RuntimeError("failed in state FAILED"), False)],
+)
+def test_a_job_that_may_go_on_elsewhere_is_told_of(error, goes_on, tmp_path, monkeypatch, caplog):
+    def lost(plan, beam_args):
+        assert "the job may go on" in job.left_behind
+        raise error
+
+    monkeypatch.setattr(job.portable, "goes_on", lambda beam_args: True)
+    monkeypatch.setattr(job, "run_graph", lost)
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    model = exports.exported("saved_model", "classification")
+    flags = {"input": tmp_path / "a.jpg", "model": model, "output": tmp_path / "out"}
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert extract.main(argv) == 1
+    assert ("the job may go on" in caplog.text) is goes_on
+    assert job.left_behind is None
