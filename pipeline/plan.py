@@ -27,6 +27,7 @@ _HOUR = 3600.0
 _PRICE = "price_{}".format  # a price's flag
 _GIB = float(1 << 30)
 _GB = 1e9
+_UNEVEN = 1.1  # times as long as in equal parts: from there on files are the bound
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,9 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
 
     commit = commit_seconds(images, parts)
     fixed = listing + figures.START_SECONDS.value + figures.LOAD_SECONDS.value + commit
-    work = images / rate
-    workers = request.workers or max(1, math.ceil(work / (request.hours * _HOUR)))
-    seconds = fixed + work / workers
+    workers, work, warnings = shared_out(request, rate)
+    bound = "files" if warnings else bound
+    seconds = fixed + work
     worker_hours = workers * (seconds - listing / 2) / _HOUR
 
     requests = {
@@ -240,7 +241,7 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
         "worker_hours": round(worker_hours, 2),
         "vcpu_hours": round(worker_hours * request.vcpus, 1),
         "gpu_hours": round(worker_hours if on_gpu else 0.0, 2),
-        "images_per_second": round(rate * workers, 1),
+        "images_per_second": round(images / work if work else rate * workers, 1),
         "images_per_second_per_worker": round(rate, 1),
         "bound_by": bound,
         "vcpus_to_a_gpu": (
@@ -249,7 +250,7 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
         "seconds": {
             "listing": round(listing, 1),
             "start": figures.START_SECONDS.value + figures.LOAD_SECONDS.value,
-            "work": round(work / workers, 1),
+            "work": round(work, 1),
             "commit": round(commit, 1),
         },
         "input_bytes": images * (request.image_bytes or int(figures.IMAGE_BYTES.value)),
@@ -259,9 +260,40 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
         "requests": requests,
         "usd": {**{k: round(v, 2) for k, v in usd.items()}, "run": round(sum(usd.values()), 2)},
         "usd_a_month": round(images * row / _GB * prices["gb_month"], 2),
+        "warnings": warnings,
         "limits": limits(images, objects, parts, gib, request.store),
         "constants": constants(request, model, on_gpu, prices),
     }
+
+
+def shared_out(request: argparse.Namespace, rate: float) -> tuple[int, float, list[str]]:
+    """How many workers, the seconds that the busiest needs, and warnings where files bound them.
+
+    A unit of work, a file of many images or a run of image files, is read by one worker.
+    """
+    a_unit, named = request.images_per_file, "a file"
+    if a_unit == 1:
+        a_unit = int(figures.UNIT_IMAGES.value)
+        named = f"a unit of {a_unit} image files"
+    units = -(-request.images // a_unit)
+    in_time = request.hours * _HOUR * rate  # images that a worker can take on
+    each = units if request.images <= in_time else in_time // a_unit
+    workers = request.workers or max(1, math.ceil(units / max(1, each)))
+    most = -(-units // workers)
+    images = min(request.images, most * a_unit)
+    warnings = []
+    if not request.workers and images > in_time:
+        warnings.append(
+            f"--hours {request.hours:g} is too short: {named} is read by one worker, which takes "
+            f"{images / rate / _HOUR:.2g} h; make smaller files"
+        )
+    elif request.workers and images * workers > _UNEVEN * request.images:
+        warnings.append(
+            f"{named} is read by one worker: of {units:,} the busiest of {workers:,} workers has "
+            f"{most:,}, and {max(0, workers - units):,} have none; make more files, or ask for "
+            "fewer workers"
+        )
+    return workers, images / rate, warnings
 
 
 def limits(images: int, objects: int, parts: int, gib: float, store: str) -> list[dict[str, Any]]:
@@ -359,6 +391,7 @@ def table(plan: dict[str, Any]) -> str:
         ("price", f"{plan['usd']['run']:,.2f} USD, and {plan['usd_a_month']:,.2f} a month to keep"),
     ]
     lines = [f"{name:16}{text}" for name, text in rows]
+    lines += [f"{'warning':16}{text}" for text in plan["warnings"]]
     lines += ["", "limits, the first to be met first (how many times larger a run could be)"]
     for row in plan["limits"]:
         if row["at"] is not None:

@@ -109,6 +109,44 @@ def test_workers_come_from_the_hours():
     assert fewer["seconds"]["work"] > 1800
 
 
+def test_a_file_is_read_by_one_worker(capsys):
+    """So nothing is quicker with more workers than files, and the plan warns of it."""
+    alone = reckoned("--images_per_file", "1e6", "--workers", "1")
+    words = ("--images_per_file", "1e6", "--workers", "100")
+    many = reckoned(*words)
+    assert many["hours"] == alone["hours"]
+    assert many["images_per_second"] == alone["images_per_second"]
+    assert (alone["bound_by"], alone["warnings"]) == ("vCPUs", [])
+    assert many["bound_by"] == "files"
+    (told,) = many["warnings"]
+    assert "of 1 the busiest of 100 workers has 1, and 99 have none" in told
+    assert plan.main(["--images", "1e6", "--model", "nasnet_mobile", *words]) == 0
+    assert re.search(rf"\nwarning +{re.escape(told)}\n", capsys.readouterr().err)
+
+
+def test_the_busiest_worker_bounds_a_run():
+    """Of four files two workers read two each, and one of three workers still reads two."""
+    two, three, four = (
+        reckoned("--images_per_file", "250000", "--workers", n)["seconds"]["work"] for n in "234"
+    )
+    assert two == three == pytest.approx(2 * four, abs=0.1)
+
+
+def test_no_more_workers_than_files_come_from_the_hours():
+    told = reckoned("--images_per_file", "500000", "--hours", "0.01")
+    assert told["workers"] == 2
+    assert told["bound_by"] == "files"
+    assert told["warnings"][0].startswith("--hours 0.01 is too short: a file is read by one")
+    enough = reckoned("--images_per_file", "300000", "--hours", "0.5")  # four files, two each
+    assert (enough["workers"], enough["warnings"]) == (2, [])
+    assert enough["seconds"]["work"] <= 1800
+
+
+def test_image_files_are_read_in_units():
+    assert reckoned("--workers", "8", images="1280")["bound_by"] == "files"
+    assert reckoned("--workers", "5", images="1280")["warnings"] == []
+
+
 @pytest.mark.parametrize("images", ["1e6", "1e8", "1e10"])
 def test_the_limits_come_in_their_order_and_larger_containers_move_the_first(images):
     files = reckoned(images=images)["limits"]
