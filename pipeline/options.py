@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -531,10 +531,15 @@ def check_beam_flags(rest: Sequence[str]) -> None:
         name, _, value = word[2:].partition("=")
         if name not in BEAM_FLAGS:
             ours = [knob_field.name for knob_field in dataclasses.fields(Options)]
-            near = difflib.get_close_matches(name, [*ours, *BEAM_FLAGS], n=1, cutoff=0.5)
-            hint = f"; did you mean --{near[0]}?" if near else "; see --help"
-            raise RequestError(f"--{name}: no such flag, here or in Beam{hint}")
+            near = nearest_flag(name, [*ours, *BEAM_FLAGS])
+            raise RequestError(f"--{name}: no such flag, here or in Beam; {near}")
         value_may_follow = BEAM_FLAGS[name] and not value
+
+
+def nearest_flag(name: str, known: Iterable[str]) -> str:
+    """What to do about a flag that there is not: the flag of `known` that is nearest, or --help."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean --{near[0]}?" if near else "see --help"
 
 
 def options_table() -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from models.catalog import HUB_MODELS, NETWORKS
 from pipeline import figures
 from pipeline.figures import PRICES, Figure
-from pipeline.options import OneLineParser, byte_size, names_list
+from pipeline.options import OneLineParser, byte_size, names_list, nearest_flag
 from storage import stdio
 from storage.errors import RequestError
 
@@ -109,6 +109,18 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """`argv` as a request. Raises RequestError, for a misspelt flag with the nearest one."""
+    known, rest = parser().parse_known_args(argv)
+    if rest:
+        word = rest[0]
+        if not word.startswith("--"):
+            raise RequestError(f"{word}: belongs to no flag; see --help")
+        name = word[2:].partition("=")[0]
+        raise RequestError(f"--{name}: no such flag; {nearest_flag(name, vars(known))}")
+    return known
+
+
 def model_of(request: argparse.Namespace) -> Model:
     """What is known of the model asked for. Raises RequestError where that is too little."""
     name, head = request.model, "classification"
@@ -153,8 +165,8 @@ def gpu_rate(request: argparse.Namespace, model: Model) -> Figure | None:
     peak = figures.GPU_TERAFLOPS.get(request.gpu)
     if peak is None or model.multiply_adds is None:
         raise RequestError(
-            f"--gpu {request.gpu}: the speed of {request.model} there is not known; give "
-            "--gpu_images_per_second"
+            f"--gpu {request.gpu}: the speed of {request.model} there is not known"
+            f"{_meant(request.gpu)}; give --gpu_images_per_second"
         )
     if request.precision != "float32":
         raise RequestError(
@@ -163,6 +175,15 @@ def gpu_rate(request: argparse.Namespace, model: Model) -> Figure | None:
         )
     rate = peak.value * 1e12 * figures.GPU_SHARE.value / (model.multiply_adds * 2e9)
     return Figure(rate, "images/s", f"ASSUMED: {figures.GPU_SHARE.value:.0%} of the peak")
+
+
+def _meant(gpu: str) -> str:
+    """The listed type that ends as `gpu` does: `t4` and `nvidia-t4` mean nvidia-tesla-t4."""
+    if gpu in figures.GPU_TERAFLOPS:
+        return ""
+    last = gpu.lower().rpartition("-")[2]
+    near = [name for name in figures.GPU_TERAFLOPS if name.rpartition("-")[2] == last]
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def reckon(request: argparse.Namespace) -> dict[str, Any]:
@@ -289,7 +310,7 @@ def shared_out(request: argparse.Namespace, rate: float) -> tuple[int, float, li
         )
     elif request.workers and images * workers > _UNEVEN * request.images:
         warnings.append(
-            f"{named} is read by one worker: of {units:,} the busiest of {workers:,} workers has "
+            f"{named} is read by one worker: of {units:,} the busiest of {_workers(workers)} has "
             f"{most:,}, and {max(0, workers - units):,} have none; make more files, or ask for "
             "fewer workers"
         )
@@ -342,8 +363,8 @@ def _prices(request: argparse.Namespace) -> dict[str, float]:
     if request.gpu and request.price_gpu_hour is None:
         if request.gpu not in figures.GPU_HOURS:
             raise RequestError(
-                f"--gpu {request.gpu}: its price is not known, and no other's would be right; give "
-                "--price_gpu_hour"
+                f"--gpu {request.gpu}: its price is not known, and no other's would be right"
+                f"{_meant(request.gpu)}; give --price_gpu_hour"
             )
         listed["gpu_hour"] = figures.GPU_HOURS[request.gpu]
     told = {name: getattr(request, _PRICE(name)) for name in PRICES}
@@ -369,13 +390,17 @@ def constants(
     return named
 
 
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count:,} workers"
+
+
 def table(plan: dict[str, Any]) -> str:
     """`plan` for people."""
     rows = [
         ("images", f"{plan['images']:,}"),
         (
             "time",
-            f"{plan['hours']:.2f} h with {plan['workers']:,} workers, bound by {plan['bound_by']}",
+            f"{plan['hours']:.2f} h with {_workers(plan['workers'])}, bound by {plan['bound_by']}",
         ),
         ("speed", f"{plan['images_per_second_per_worker']:,} images/s a worker"),
         ("vCPU hours", f"{plan['vcpu_hours']:,}"),
@@ -434,7 +459,7 @@ _SCALE_CASES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan; returns the exit code: 0, or 2 where the request is wrong."""
     try:
-        plan = reckon(parser().parse_args(sys.argv[1:] if argv is None else argv))
+        plan = reckon(parse(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
         stdio.tell_error(error)
         return 2

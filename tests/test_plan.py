@@ -276,6 +276,26 @@ def test_every_constant_tells_its_unit_and_source():
             "--price_vcpu_hour -1",
         ),
         (["--images", "1", "--model", "nasnet_mobile", "--pric_gpu_hour", "1"], "--pric_gpu_hour"),
+        (
+            ["--images", "1", "--model", "nasnet_mobile", "--worker", "3"],
+            "--worker: no such flag; did you mean --workers?",
+        ),
+        (
+            ["--images", "1", "--model", "nasnet_mobile", "--worker=3"],
+            "--worker: no such flag; did you mean --workers?",
+        ),
+        (["--images", "1", "--model", "nasnet_mobile", "--zzz"], "--zzz: no such flag; see --help"),
+        (["--images", "1", "--model", "nasnet_mobile", "3"], "3: belongs to no flag"),
+        *(
+            (
+                ["--images", "1", "--model", "nasnet_mobile", "--gpu", gpu, *speed],
+                f"(did you mean nvidia-tesla-{gpu.lower()[-2:]}?); give {flag}",
+            )
+            for gpu, speed, flag in (
+                ("t4", [], "--gpu_images_per_second"),
+                ("nvidia-T4", ["--gpu_images_per_second", "9"], "--price_gpu_hour"),
+            )
+        ),
         (["--images", "1", "--model", "nasnet_mobile", "--widths", "a"], "--widths a"),
         (
             [
@@ -293,6 +313,12 @@ def test_a_wrong_request_is_one_line_and_exit_2(capsys, words, told):
     assert told in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("workers", "told"), [("1", "1 worker"), ("2", "2 workers")])
+def test_one_worker_is_no_workers(capsys, workers, told):
+    assert plan.main(["--images", "1e6", "--model", "nasnet_mobile", "--workers", workers]) == 0
+    assert f" h with {told}, bound by " in capsys.readouterr().err
 
 
 def test_a_model_of_ones_own():
