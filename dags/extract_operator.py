@@ -94,7 +94,7 @@ class ExtractFeaturesOperator(BaseOperator):
             except BaseException:  # such as the task's execution_timeout
                 self.on_kill()
                 raise
-        code = self._child.returncode
+        code, last = self._child.returncode, last or "it wrote nothing to say why"
         if code == 0:
             return result
         if result:
@@ -104,7 +104,7 @@ class ExtractFeaturesOperator(BaseOperator):
         if code == TOO_MANY_FAILURES:
             failures = f"{result['failures']} of {result['images']} images" if result else last
             raise AirflowFailException(f"too many failures, exit 3, nothing published: {failures}")
-        raise AirflowException(f"the job failed, exit {code}: {last}")
+        raise AirflowException(f"the job {_ended(code)}: {last}")
 
     def on_kill(self) -> None:
         """End the child and what it started."""
@@ -126,6 +126,15 @@ def _result(line: str) -> dict[str, Any] | None:
         return dict(json.loads(line))
     except ValueError:
         return None
+
+
+def _ended(code: int) -> str:
+    """How a job with exit `code` ended; below 0 it is the signal that killed it."""
+    if code >= 0:
+        return f"failed, exit {code}"
+    names = {known.value: known.name for known in signal.Signals}
+    why = ", as for want of memory" if -code == signal.SIGKILL else ""
+    return f"was killed by {names.get(-code, f'signal {-code}')}{why}"
 
 
 def _end_with_parent() -> None:

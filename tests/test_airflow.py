@@ -239,6 +239,15 @@ def run_out(task):
 print(json.dumps([after(2, ExtractFeaturesOperator.on_kill), after(2, run_out)]))
 """
 )
+ENDED = (
+    EXECUTE
+    + """
+try:
+    ExtractFeaturesOperator(pipeline_options=flags, **common).execute(context)
+except AirflowException as error:
+    print(json.dumps(str(error)))
+"""
+)
 DAGS_TOO = f"{airflows.ROOT}:{airflows.ROOT / 'dags'}"
 
 
@@ -272,6 +281,27 @@ def test_a_task_that_is_ended_ends_its_job(airflow, place, tmp_path):
     assert timed_out[2] in ended
     assert airflows.jobs(tmp_path / "out") == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (
+            "kill -KILL $$",
+            "the job was killed by SIGKILL, as for want of memory: it wrote nothing to say why",
+        ),
+        ("echo loading; kill -SEGV $$", "the job was killed by SIGSEGV: loading"),
+        ("kill -40 $$", "the job was killed by signal 40: it wrote nothing to say why"),
+        ("exit 1", "the job failed, exit 1: it wrote nothing to say why"),
+    ],
+)
+def test_a_job_that_ends_without_a_word_is_told_of(airflow, tmp_path, script, told):
+    job = tmp_path / "python"
+    job.write_text(f"#!/bin/bash\n{script}\n")
+    job.chmod(0o755)
+    said = airflow.python("-c", ENDED, json.dumps([str(job), {}]), PYTHONPATH=DAGS_TOO)
+    assert json.loads(said.stdout.splitlines()[-1]) == told
 
 
 # --- Dataflow, as far as it goes without the service ---------------------------------------------
