@@ -196,6 +196,15 @@ def test_a_wrong_request_fails_at_once(airflow, place):
     assert not (place.output / "2026-11-04").exists()
 
 
+@pytest.mark.engines
+def test_a_backfill_can_take_on_what_has_run_as_the_readme_says(airflow):
+    text = " ".join((airflows.ROOT / "README.md").read_text().split())
+    (told,) = re.findall(r"`--reprocess-behavior (\w+)` takes those on again, `(\w+)`", text)
+    help = airflow.command("backfill", "create", "--help").stdout
+    (choices,) = re.findall(r"\[--reprocess-behavior {([\w,]+)}\]", help)
+    assert set(told) < set(choices.split(","))
+
+
 # --- an operator by itself, in Airflow's Python ---------------------------------------------------
 
 EXECUTE = """
