@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -19,11 +20,13 @@ from types import SimpleNamespace
 
 import exports
 import pytest
+from apache_beam.io.gcp import gcsio
 from pictures import jpeg
 from sdists import bare_environment, built_sdist
 from test_house import pins
 
 import pipeline
+from formats.webdataset import IMAGE_EXTENSIONS
 from models.loading import default_batch_size
 from pipeline import options, plan
 from pipeline.beam_flags import BEAM_FLAGS
@@ -261,19 +264,29 @@ def test_the_runbook_tells_what_the_plan_does():
 
 
 def test_the_runbook_makes_the_tars_that_it_reads(tmp_path, job):
-    for number in range(7):
-        path = tmp_path / "photos" / f"day {number % 2}" / f"{number}.jpg"
+    endings = [*IMAGE_EXTENSIONS, "JPG"]
+    for number, ending in enumerate([*endings, "txt", "xjpg"]):
+        path = tmp_path / "photos" / f"day {number % 2}" / f"{number}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(40 + number, 30))
+        path.write_bytes(jpeg(40 + number, 30))  # what a picture is, its bytes tell
     (block,) = [b for b in re.findall(r"```bash\n(.*?)```", RUNBOOK, re.S) if "tar --create" in b]
     script = block.replace("5000", "3").partition("gcloud")[0]
     subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True)
     assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == [
-        f"photos-{number:05}.tar" for number in range(3)
+        f"photos-{number:05}.tar" for number in range(4)
     ]
     ran = job(tmp_path / "tars" / "*.tar", sink="null", stop_after="decode", id_key="__key__")
     assert ran.code == 0, ran.stderr
-    assert (ran.line["passed"], ran.line["failures"]) == (7, 0)
+    assert (ran.line["passed"], ran.line["failures"]) == (len(endings), 0)
+
+
+def test_the_runbook_tells_who_may_launch_and_what_beam_warns_of():
+    (binding,) = re.findall(r"gcloud iam service-accounts add-iam(?:.*\\\n)*.*", RUNBOOK)
+    assert "$SERVICE_ACCOUNT" in binding
+    assert "roles/iam.serviceAccountUser" in binding
+    (warning,) = re.findall(r"`(Unexpected[^`]*)` is Beam's warning", RUNBOOK)
+    assert " ".join(warning.split()) in inspect.getsource(gcsio.GcsIO.is_soft_delete_enabled)
+    assert "`storage.buckets.get`" in RUNBOOK
 
 
 def test_growing_gpu_memory_and_true_float32_are_asked_for_before_anything_touches_it():
