@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -199,7 +200,7 @@ def test_the_launchers_entry_runs_the_job(tmp_path):
     (tmp_path / "in" / "a.jpg").write_bytes(jpeg(40, 30))
     model = exports.exported("saved_model", "classification")
     where = (f"--input={tmp_path}/in", f"--model={model}", f"--output={tmp_path}/out")
-    told = launched(tmp_path, *where, "--dry_run")
+    told = launched(tmp_path, *where, "--dry_run=true", "--allow_empty=false")
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout.splitlines()[-1])["status"] == "dry_run"
 
@@ -208,6 +209,36 @@ def test_a_wrong_request_to_the_launchers_entry_is_one_line(tmp_path):
     told = launched(tmp_path, "--input=/i", "--model=m", "--output=/o", "--nope")
     assert told.returncode == 2
     assert told.stderr.startswith("error: --nope: no such flag")
+
+
+def test_the_launchers_entry_takes_switches_as_a_template_gives_them():
+    words = runpy.run_path(str(ROOT / "deploy" / "launch.py"))["words"]
+    given = ["--retry_failures=true", "--allow_empty=false", "--fit=pad", "--if_exists=true"]
+    assert words(given) == ["--retry_failures", "--fit=pad", "--if_exists=true"]
+
+
+# Knobs that the template leaves out, each with the reason.
+NOT_IN_THE_TEMPLATE = {
+    "allow_unsafe_ops": "who starts a template need not be who answers for what a model reaches",
+    "engine": "the images hold no openvino, and tensorflow is the default",
+    "sink": "a template is for rows; null is to see what bounds a run",
+    "stop_after": "goes with sink null",
+    "quiet": "the launcher's log is the only word of a template's start",
+    "dry_run": "a template's start is told as failed where it submits no job",
+}
+
+
+def test_the_template_declares_every_knob_or_there_is_a_reason():
+    """A template refuses what it does not declare."""
+    metadata = json.loads((ROOT / "deploy" / "metadata.json").read_text())
+    declared = {parameter["name"] for parameter in metadata["parameters"]}
+    ours = {field.name for field in dataclasses.fields(options.Options)}
+    assert declared & ours == ours - NOT_IN_THE_TEMPLATE.keys()
+    assert NOT_IN_THE_TEMPLATE.keys() <= ours
+    sections = re.findall(r"^## [89]\..*?(?=^## )", RUNBOOK, re.M | re.S)
+    advised = set(re.findall(r"--(\w+)", "".join(sections)))
+    by_the_service = {"region", "worker_zone"}  # flags of gcloud itself
+    assert advised & (ours | BEAM_FLAGS.keys()) <= declared | by_the_service
 
 
 def test_the_templates_parameters_are_flags():
@@ -220,8 +251,12 @@ def test_the_templates_parameters_are_flags():
     for parameter in metadata["parameters"]:
         name = parameter["name"]
         assert name in ours or BEAM_FLAGS[name]
-        # The service passes `--name=value`, which a flag without a value refuses.
-        assert name not in ours or "action" not in ours[name].metadata or name == "input"
+        assert {"name", "label", "helpText", "isOptional"} <= parameter.keys()
+        if name in ours and ours[name].default is False:  # a switch, as launch.py takes them
+            assert parameter["regexes"] == ["^(true|false)$"]
+        elif name in ours and ours[name].default not in (None, "", dataclasses.MISSING):
+            for pattern in parameter.get("regexes", ()):
+                assert re.fullmatch(pattern, str(ours[name].default)), name
         for pattern in parameter.get("regexes", ()):
             for choice in ours[name].metadata.get("choices", ()) if name in ours else ():
                 assert re.fullmatch(pattern, choice), (name, choice)
