@@ -97,7 +97,7 @@ PAGE_OBJECTS = Figure(1000, "objects", "both services' largest page; seen: tests
 PAGE_SECONDS = Figure(0.1, "s", "ASSUMED: a page of a listing, one after the other")
 REQUEST_SECONDS = Figure(0.05, "s", "ASSUMED: a small request, one after the other")
 RESUME_REQUESTS = Figure(
-    10.7, "requests/file", "counted on gs://: dataset.resume of 20 files, 4.4, and its commit"
+    10.9, "requests/file", "counted on gs://: dataset.resume of 20 files, 4.4, and its commit"
 )
 S3_RESUME_REQUESTS = Figure(
     7.9, "requests/file", "counted on s3://: dataset.resume of 20 files, 3.2, and its commit"
