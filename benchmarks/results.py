@@ -27,8 +27,8 @@ Runs = dict[str, list[dict[str, Any]]]  # by name, in the order in which they we
 _PACKAGES = ("tensorflow", "apache-beam", "pillow", "numpy", "openvino", "torch", "timm")
 
 
-def circumstances() -> dict[str, Any]:
-    """Where and when: machine, versions, commit, load."""
+def circumstances(cores: int | None = None) -> dict[str, Any]:
+    """Where and when: machine, versions, commit, load; `cores` where not all of this process's."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -42,7 +42,7 @@ def circumstances() -> dict[str, Any]:
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores or len(os.sched_getaffinity(0)),
         "machine": f"{model}, {memory:.0f} GiB",
         "python": platform.python_version(),
         "versions": found,
@@ -58,12 +58,19 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def add(folder: Path, part: str, name: str, run: dict[str, Any], fresh: bool = False) -> None:
+def add(
+    folder: Path,
+    part: str,
+    name: str,
+    run: dict[str, Any],
+    fresh: bool = False,
+    cores: int | None = None,
+) -> None:
     """Add `run`, with its circumstances, to the runs of `name` in `part`; at once, on disk.
 
     `fresh`: earlier ones on this machine are forgotten.
     """
-    data, here = read(folder), circumstances()
+    data, here = read(folder), circumstances(cores)
     runs = data.setdefault(part, {}).setdefault(name, [])
     if fresh:
         runs[:] = [one for one in runs if one["of"]["machine"] != here["machine"]]

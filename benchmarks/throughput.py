@@ -1,23 +1,30 @@
 """Ours against the rivals, in turn, on the same pictures and weights.
 
     python -m benchmarks.throughput --only 'ours_*' 'tfdata_*' --repeat 2
+    python -m benchmarks.throughput --only '*bf16*' --cores_each 2    # on a machine of many cores
 
 Each contender runs as a process of its own. A loop runs over a small and a large input, and what
 counts is the marginal cost between the two, so that start-up does not; a bare function runs on
 pixels in memory after warming up. Every run is added to docs/performance.json at once, and the
 tables in docs/PERFORMANCE.md are made of all that stands there; parts can be run in any order.
+With `--cores_each` as many contenders run at once as there are cores for, each on its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
+import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +411,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs=2, default=(500, 10500))
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument(
+        "--cores_each", type=int, help="of a contender; as many run at once as there are cores for"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs of these")
     parser.add_argument("--list", action="store_true", help="the contenders' names, and no run")
     parser.add_argument("--make", action="store_true", help="inputs and models only, and no run")
@@ -428,16 +438,36 @@ def main() -> None:
         make(contender, place, request.images, request.shards)
     if request.make:
         return
-    for turn in range(request.repeat):
-        for name, contender in chosen.items():
-            try:
-                figures = measure(contender, place, request.images, request.shards)
-            except RuntimeError as error:  # one rival's failure costs no other's figures
-                note(f"{name}: {error}")
-                continue
-            results.add(request.results, PART, name, figures, request.fresh and turn == 0)
-            rate, cpu = figures["images_per_second"], figures["cpu_ms"]
-            note(f"{turn + 1}: {name}: {rate:.1f} images/s, CPU {cpu:.2f} ms an image")
+    cores = sorted(os.sched_getaffinity(0))
+    each = request.cores_each or len(cores)
+    shares = [cores[at : at + each] for at in range(0, len(cores) - each + 1, each)]
+    if not shares:
+        parser.error(f"--cores_each {each}: this process may run on {len(cores)} only")
+    idle: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for share in shares:
+        idle.put(share)
+    lock = threading.Lock()
+
+    def one(turn: int, name: str) -> None:
+        share = idle.get()
+        prefix = ["taskset", "--cpu-list", ",".join(map(str, share))] if len(shares) > 1 else []
+        apart = replace(place, into=f"output-{share[0]}")
+        try:
+            figures = measure(chosen[name], apart, request.images, request.shards, prefix)
+        except RuntimeError as error:  # one rival's failure costs no other's figures
+            note(f"{name}: {error}")
+            return
+        finally:
+            idle.put(share)
+        with lock:
+            fresh = request.fresh and turn == 0
+            results.add(request.results, PART, name, figures, fresh, len(share))
+        rate, cpu = figures["images_per_second"], figures["cpu_ms"]
+        note(f"{turn + 1}: {name}: {rate:.1f} images/s, CPU {cpu:.2f} ms an image")
+
+    with ThreadPoolExecutor(len(shares)) as at_once:
+        turns = itertools.product(range(request.repeat), chosen)
+        list(at_once.map(lambda turn_and_name: one(*turn_and_name), turns))
     show(request.results)
 
 

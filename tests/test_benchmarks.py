@@ -1,6 +1,8 @@
 """The benchmarks' bookkeeping: processes, results, tables. Nothing here measures speed."""
 
 import sys
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -212,7 +214,7 @@ def grown(images, cpu, peak_mib, hour=0):
     return {"images": images, "seconds": cpu / 2, "cpu": cpu, "peak_mib": peak_mib, "of": of}
 
 
-def test_growth_is_held_by_its_worst_pair_within_an_hour():
+def test_growth_is_held_within_an_hour_memory_by_the_worst_pair():
     runs = {
         "base": [grown(500, 10, 900)],
         "small": [grown(1500, 30, 1000), grown(1500, 34, 900), grown(1500, 20, 500, hour=9)],
@@ -265,6 +267,36 @@ def test_a_stage_costs_what_it_adds():
     runs["ours_bf16"] = runs["ours_bf16"][1:]
     cells = [row.split("|")[2].strip() for row in throughput.stages(runs).splitlines()[2:]]
     assert cells[3:5] == ["-", "-"]
+
+
+def test_contenders_run_side_by_side_each_on_cores_of_its_own(tmp_path, monkeypatch, capsys):
+    busy, most = Counter(), []
+
+    def measure(contender, place, images, shards, prefix):
+        assert prefix[:2] == ["taskset", "--cpu-list"]
+        busy.update([place.into, *prefix[2].split(",")])
+        most.append(len(busy))
+        assert max(busy.values()) == 1
+        time.sleep(0.05)
+        for used in (place.into, *prefix[2].split(",")):
+            del busy[used]
+        return {"images_per_second": 2.0, "cpu_ms": 1.0, "peak_mib": 1, "images": 9, "first": 1}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    monkeypatch.setattr(throughput, "make", lambda *_: {})
+    monkeypatch.setattr(throughput.os, "sched_getaffinity", lambda pid: set(range(5)))
+    folders = ["--work", str(tmp_path), "--results", str(tmp_path)]
+    command = ["throughput", "--only", "*_f32", "--repeat", "2", "--cores_each", "2", *folders]
+    monkeypatch.setattr("sys.argv", command)
+    throughput.main()
+    found = results.read(tmp_path)["throughput"]
+    assert set(map(len, found.values())) == {2}
+    assert {one["of"]["cores"] for runs in found.values() for one in runs} == {2}
+    assert max(most) == 6  # two contenders, each with a folder and two cores
+    monkeypatch.setattr("sys.argv", [*command, "--cores_each", "6"])
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert "may run on 5 only" in capsys.readouterr().err
 
 
 def test_growth_takes_start_up_off():
