@@ -26,7 +26,7 @@ _ROWS = 1024  # rows held at once
 _TOLD = 20  # problems of one kind in one file that get a line each
 _READ_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, MemoryError)
 
-Tell = Callable[[str], None]
+Tell = Callable[[str], object]
 
 
 def verify(output: str, tell: Tell) -> dict[str, Any]:

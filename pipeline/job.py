@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
-import sys
 import time
 import uuid
 from collections import Counter
@@ -21,7 +19,7 @@ from formats.timing import advice
 from models import prepared
 from pipeline import dataflow, portable, preflight
 from pipeline.options import Options
-from storage import files
+from storage import files, stdio
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
 
@@ -237,11 +235,6 @@ def submitted(output: str | None, run_id: str, started: float) -> dict[str, Any]
 def tell(result: Mapping[str, Any]) -> int:
     """Print the JSON line as the last of stdout; returns the exit code, whoever reads the line."""
     line = json.dumps(result)
-    try:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    except OSError as error:  # the reader has gone, or its disk is full: the run is what it is
+    if error := stdio.tell(line):  # the run is what it is
         log.warning("stdout takes no line (%s): %s", error, line)
-        with contextlib.suppress(OSError, ValueError):  # else Python would try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_CODES[result["status"]]

@@ -183,7 +183,7 @@ def inspect(request: argparse.Namespace) -> None:
     if not unsafe or request.allow_unsafe_ops:
         told = look(_spec(request))
     told = {"format": handles.model_format(directory), **told, "unsafe_ops": unsafe}
-    sys.stdout.write(json.dumps(told, indent=1) + "\n")
+    stdio.tell(json.dumps(told, indent=1))
 
 
 def prepare(request: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def prepare(request: argparse.Namespace) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{hide(text)}\n")
+    stdio.tell(hide(text), "stderr")
 
 
 def _spec(request: argparse.Namespace) -> LoadSpec:

@@ -463,8 +463,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         stdio.tell_error(error)
         return 2
-    sys.stderr.write(table(plan) + "\n")
-    print(json.dumps(plan), flush=True)
+    stdio.tell(table(plan), "stderr")
+    stdio.tell(json.dumps(plan))
     return 0
 
 

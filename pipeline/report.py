@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RequestError, OSError) as error:
         stdio.tell_error(error)
         return 1 if there else 2
-    print(json.dumps({"report": path, "bytes": len(data)}), flush=True)
+    stdio.tell(json.dumps({"report": path, "bytes": len(data)}))
     return 0
 
 

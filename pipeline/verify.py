@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         there = reach.soon(output, lambda: files.occupied(str(output)))
         from formats.verification import verify  # after the flags: --help needs no library
 
-        result = verify(output, lambda line: print(line, file=sys.stderr))
+        result = verify(output, lambda line: stdio.tell(line, "stderr"))
     except (RequestError, OSError) as error:
         stdio.tell_error(error)
         if there:
-            print(json.dumps({"status": "unreadable", "output": output, "problems": 1}), flush=True)
+            stdio.tell(json.dumps({"status": "unreadable", "output": output, "problems": 1}))
         return 1 if there else 2
-    print(json.dumps(result), flush=True)
+    stdio.tell(json.dumps(result))
     return 0 if result["status"] == "ok" else 1
 
 

@@ -164,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, required=True, help="port to listen on; 0: any")
     parser.add_argument("--cores_each", type=int, help="pin each worker to so many cores, in turn")
     request = parser.parse_args(argv)
+    if request.port not in range(65536):
+        stdio.tell_error(f"--port {request.port}: must be 0 to 65535")
+        return 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
     pool = WorkerPool(request.cores_each)

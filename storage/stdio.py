@@ -20,11 +20,21 @@ def open_missing() -> None:
             setattr(sys, name, os.fdopen(number, mode, errors="backslashreplace"))
 
 
+def tell(text: str, stream: str = "stdout") -> OSError | None:
+    """Write `text` and the end of a line; what stood in the way, as a reader that has gone, or a
+    full disk: the exit code still tells.
+    """
+    target = getattr(sys, stream)
+    try:
+        target.write(text + "\n")
+        target.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # else Python would try again and exit 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
+        return error
+    return None
+
+
 def tell_error(error: object) -> None:
     """Tell `error` on stderr, in one line and without credentials, whether or not it is read."""
-    try:
-        sys.stderr.write(f"error: {hide(' '.join(str(error).split()))}\n")
-        sys.stderr.flush()
-    except OSError:  # the reader has gone: the exit code still tells
-        with contextlib.suppress(OSError, ValueError):  # else Python would try again and exit 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    tell(f"error: {hide(' '.join(str(error).split()))}", "stderr")

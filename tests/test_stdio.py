@@ -40,6 +40,32 @@ def test_a_wrong_request_is_exit_2_though_nobody_reads_why(command, unread):
     assert (ended.returncode, ended.stdout) == (2, b"")
 
 
+RIGHT = {
+    "models": ["inspect", "{model}"],
+    "plan": ["--images", "1e6", "--model", "nasnet_mobile"],
+    "report": ["{output}"],
+    "verify": ["{output}"],
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    from pipeline import extract
+
+    folder = tmp_path_factory.mktemp("stdio")
+    (folder / "0.jpg").write_bytes(jpeg())
+    model, output = exports.exported("saved_model", "classification"), str(folder / "out")
+    assert extract.main(["--input", str(folder), "--model", model, "--output", output]) == 0
+    return {"model": model, "output": output}
+
+
+@pytest.mark.parametrize("command", RIGHT)
+def test_an_answer_that_nobody_reads_is_exit_0(command, places, unread):
+    words = [word.format(**places) for word in RIGHT[command]]
+    call = [sys.executable, "-m", f"pipeline.{command}", *words]
+    assert subprocess.run(call, stdout=unread, stderr=unread, cwd=ROOT).returncode == 0
+
+
 def test_an_error_is_one_line_without_credentials(capsys):
     stdio.tell_error(ValueError("a\n  b of https://user:hunter2secret@host/x"))
     assert capsys.readouterr().err == "error: a b of https://***@host/x\n"

@@ -154,6 +154,12 @@ def test_two_pools_do_not_share_a_port(capsys):
         first.stop(0).wait()
 
 
+@pytest.mark.parametrize("port", ["-1", "70000"])
+def test_a_port_that_there_is_not(port, capsys):
+    assert workers.main(["--port", port]) == 2
+    assert capsys.readouterr().err == f"error: --port {port}: must be 0 to 65535\n"
+
+
 def test_no_worker_outlives_the_pool():
     with served_pool() as (pool, ask):
         ask().StartWorker(start_request())
