@@ -100,7 +100,7 @@ RESUME_REQUESTS = Figure(
     10.9, "requests/file", "counted on gs://: dataset.resume of 20 files, 4.4, and its commit"
 )
 S3_RESUME_REQUESTS = Figure(
-    7.9, "requests/file", "counted on s3://: dataset.resume of 20 files, 3.2, and its commit"
+    8.0, "requests/file", "counted on s3://: dataset.resume of 20 files, 3.2, and its commit"
 )
 RESUME_READERS = Figure(16, "files", "formats/dataset.py: read at once")
 READS_AN_OBJECT = Figure(2, "requests", "seen at gs:// and s3://: metadata, then the bytes")
