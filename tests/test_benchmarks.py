@@ -98,7 +98,7 @@ def test_a_table_replaces_its_own_part_of_the_page_alone(tmp_path, capsys):
 
 def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
     def add(machine, rate, fresh=False):
-        monkeypatch.setattr(results, "circumstances", lambda: {"machine": machine})
+        monkeypatch.setattr(results, "circumstances", lambda cores: {"machine": machine})
         results.add(tmp_path, "part", "ours", {"rate": rate}, fresh)
 
     def make(runs):
