@@ -60,6 +60,14 @@ def vectors(model: str, precision: str, engine: str, file: str) -> None:
     np.savez(file, **{name: np.concatenate([one[name] for one in found]) for name in found[0]})  # type: ignore[arg-type]
 
 
+def _made(place: Place, network: str, precision: str, engine: str) -> Any:
+    """What `vectors` writes, in a process of its own."""
+    file = str(place.folder / f"{network}-{precision}-{engine}.npz")
+    own = [sys.executable, "-m", "benchmarks.precision", "--vectors"]
+    subprocess.run([*own, place.prepared(network), precision, engine, file], check=True)
+    return np.load(file)
+
+
 def table(runs: results.Runs) -> str:
     """What was measured, in Markdown."""
     rows = [
@@ -92,17 +100,9 @@ def main() -> None:
         return vectors(*request.vectors)
     place = Place(request.work)
     for network in request.networks:
-        model = place.prepared(network)
-
-        def made(precision: str, engine: str, of: str = network, by: str = model) -> Any:
-            file = place.folder / f"{of}-{precision}-{engine}.npz"
-            own = [sys.executable, "-m", "benchmarks.precision", "--vectors"]
-            subprocess.run([*own, by, precision, engine, str(file)], check=True)
-            return np.load(file)
-
-        exact = made("float32", "tensorflow")
+        exact = _made(place, network, "float32", "tensorflow")
         for engine in request.engines:
-            fast = made("bfloat16", engine)
+            fast = _made(place, network, "bfloat16", engine)
             for name in exact:
                 figures = compare(fast[name], exact[name])
                 shown = f"{network}, {name}{ENGINES[engine]}"

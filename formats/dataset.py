@@ -841,7 +841,7 @@ def _finish(run: Publication, manifest: Mapping[str, Any]) -> None:
         )
     # Not empty: Beam's s3:// client cannot make an empty object.
     files.write_bytes(files.join(run.output, "_SUCCESS"), f"{run.run_id}\n".encode())
-    _delete(run, manifest.get("superseded", ()))
+    _delete(run, manifest["superseded"])
 
 
 def _written_by(run: Publication, there: Iterable[str]) -> set[str]:

@@ -38,7 +38,7 @@ class Workers:
 
 def is_dataflow(beam_args: Sequence[str]) -> bool:
     """Whether Beam's flags name Dataflow's runner, however it is spelt."""
-    name = _view(beam_args, "StandardOptions").runner or ""
+    name = view(beam_args, "StandardOptions").runner or ""
     return name.lower().rpartition(".")[2].removesuffix("runner") == "dataflow"
 
 
@@ -66,7 +66,7 @@ def accelerator(gpu: str | None) -> str | None:
 
 def workers(options: Options, beam_args: Sequence[str]) -> Workers:
     """The workers that the flags ask for; one core where the machine's name does not tell."""
-    machine = _view(beam_args, "WorkerOptions").machine_type or ""
+    machine = view(beam_args, "WorkerOptions").machine_type or ""
     gpu = bool(options.gpu or _told_accelerators(beam_args))
     return Workers(gpu, _cores(machine))
 
@@ -97,9 +97,9 @@ def check(options: Options, beam_args: Sequence[str]) -> None:
                     f"{flag} {path}: a path of this machine, which no Dataflow worker sees; put it "
                     "on gs://"
                 )
-    setup = _view(beam_args, "SetupOptions")
+    setup = view(beam_args, "SetupOptions")
     if not (
-        _view(beam_args, "WorkerOptions").sdk_container_image
+        view(beam_args, "WorkerOptions").sdk_container_image
         or setup.requirements_file
         or setup.prebuild_sdk_container_engine
     ):
@@ -119,7 +119,7 @@ def check(options: Options, beam_args: Sequence[str]) -> None:
         raise RequestError(
             f"--resource_hints {hints[0]}: for all steps, beside --gpu for inference; give one"
         )
-    goal = _view(beam_args, "GoogleCloudOptions").flexrs_goal
+    goal = view(beam_args, "GoogleCloudOptions").flexrs_goal
     if goal and (options.gpu or told):
         raise RequestError(
             f"--flexrs_goal {goal}: flexible scheduling has no GPUs; leave it or the GPU out"
@@ -129,9 +129,9 @@ def check(options: Options, beam_args: Sequence[str]) -> None:
 def _told_accelerators(beam_args: Sequence[str]) -> list[str]:
     """GPUs that Beam's own flags ask for, as written there."""
     told = [
-        *(_view(beam_args, "GoogleCloudOptions").dataflow_service_options or ()),
-        *(_view(beam_args, "DebugOptions").experiments or ()),
-        *(_view(beam_args, "StandardOptions").resource_hints or ()),
+        *(view(beam_args, "GoogleCloudOptions").dataflow_service_options or ()),
+        *(view(beam_args, "DebugOptions").experiments or ()),
+        *(view(beam_args, "StandardOptions").resource_hints or ()),
     ]
     return [
         word for word in told if word.partition("=")[0] in ("worker_accelerator", "accelerator")
@@ -145,13 +145,13 @@ def completed(beam_args: Sequence[str]) -> list[str]:
     model; a process a core would hold as many models, and on a GPU share its memory among them.
     """
     added = []
-    setup = _view(beam_args, "SetupOptions")
+    setup = view(beam_args, "SetupOptions")
     if setup.setup_file:
         # Beam changes into the folder part of it, of which `setup.py` has none.
         added += ["--setup_file", str(Path(setup.setup_file).absolute())]
     elif not setup.extra_packages and _SETUP_FILE.exists():
         added += ["--setup_file", str(_SETUP_FILE)]
-    debug = _view(beam_args, "DebugOptions")
+    debug = view(beam_args, "DebugOptions")
     if not {_ONE_PROCESS, _PROCESS_A_CORE} & set(debug.experiments or ()):
         added += ["--experiments", _ONE_PROCESS]
     if debug.number_of_worker_harness_threads is None:
@@ -161,17 +161,18 @@ def completed(beam_args: Sequence[str]) -> list[str]:
 
 def is_waited_for(beam_args: Sequence[str]) -> bool:
     """Whether the launcher stays until the job has ended."""
-    templated = _view(beam_args, "GoogleCloudOptions").template_location
-    return not (_view(beam_args, "StandardOptions").no_wait_until_finish or templated)
+    templated = view(beam_args, "GoogleCloudOptions").template_location
+    return not (view(beam_args, "StandardOptions").no_wait_until_finish or templated)
 
 
 def unbounded(beam_args: Sequence[str]) -> bool:
     """Whether no flag bounds how many workers the service may start."""
-    told = _view(beam_args, "WorkerOptions")
+    told = view(beam_args, "WorkerOptions")
     return told.max_num_workers is None and told.autoscaling_algorithm != "NONE"
 
 
-def _view(beam_args: Sequence[str], name: str) -> Any:
+def view(beam_args: Sequence[str], name: str) -> Any:
+    """Beam's flags as its class of options `name` has them."""
     from apache_beam.options import pipeline_options
 
     options = pipeline_options.PipelineOptions(list(beam_args))

@@ -26,8 +26,8 @@ from storage import imports, stdio
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
 
-# Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
 _RESUME = "--if_exists resume goes on from here"
+# Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
 _UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub")
 
 

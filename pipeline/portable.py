@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import Any
 
+from pipeline.dataflow import view
 from storage.errors import RequestError
 
 _PATIENCE = 10.0  # seconds for a job server to take a connection; Beam would wait for minutes
@@ -13,22 +13,23 @@ _PATIENCE = 10.0  # seconds for a job server to take a connection; Beam would wa
 
 def served(beam_args: Sequence[str]) -> bool:
     """Whether Beam's flags name a job server that runs already, by `--job_endpoint`."""
-    endpoint, runner = _view(beam_args).job_endpoint, _runner(beam_args)
+    endpoint, runner = view(beam_args, "PortableOptions").job_endpoint, _runner(beam_args)
     return endpoint not in (None, "embed") and not runner.startswith(("prism", "direct"))
 
 
 def goes_on(beam_args: Sequence[str]) -> bool:
     """Whether the job goes on there without the launcher, which has started no part of it."""
-    return served(beam_args) and _view(beam_args).environment_type != "LOOPBACK"
+    return served(beam_args) and view(beam_args, "PortableOptions").environment_type != "LOOPBACK"
 
 
 def check(beam_args: Sequence[str]) -> None:
     """Raise RequestError where no job server answers, or its workers could not run the job."""
     if not served(beam_args):
         return
-    told = _view(beam_args)
+    told = view(beam_args, "PortableOptions")
+    image = view(beam_args, "WorkerOptions").sdk_container_image
     docker = told.environment_type in (None, "DOCKER")
-    if docker and not (told.environment_config or told.environment_options or _image(beam_args)):
+    if docker and not (told.environment_config or told.environment_options or image):
         raise RequestError(
             "--environment_type is not given: workers would be Beam's own Docker image, which has "
             "no TensorFlow; give EXTERNAL and --environment_config (docs/ENGINES.md), or an image"
@@ -44,16 +45,4 @@ def check(beam_args: Sequence[str]) -> None:
 
 
 def _runner(beam_args: Sequence[str]) -> str:
-    return str(_view(beam_args, "StandardOptions").runner or "direct").lower()
-
-
-def _image(beam_args: Sequence[str]) -> str | None:
-    image: str | None = _view(beam_args, "WorkerOptions").sdk_container_image
-    return image
-
-
-def _view(beam_args: Sequence[str], name: str = "PortableOptions") -> Any:
-    from apache_beam.options import pipeline_options
-
-    options = pipeline_options.PipelineOptions(list(beam_args))
-    return options.view_as(getattr(pipeline_options, name))
+    return str(view(beam_args, "StandardOptions").runner or "direct").lower()
