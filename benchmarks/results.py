@@ -35,9 +35,10 @@ def circumstances(cores: int | None = None) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    family = re.search(r"cpu family\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    model = f"{cpu[1]}, family {family[1] if family else '?'}" if cpu else platform.machine()
+    cpu = dict(re.findall(r"^(\S[^:\t]*?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M))
+    # A name is of several generations: Zen 3 and Zen 4 of a cloud differ in their model only.
+    model = "{model name}, family {cpu family} model {model}"
+    model = model.format(**cpu) if "cpu family" in cpu else platform.machine()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
