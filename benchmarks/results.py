@@ -106,7 +106,7 @@ def each(folder: Path, part: str, make: Callable[[Runs], str]) -> str:
 def by_machine(
     folder: Path, make: Callable[[dict[str, Runs]], str], only: str | None = None
 ) -> str:
-    """What `make` tells of all parts, or of one, a paragraph for each machine that has runs."""
+    """What `make` tells of all parts, or of one, for each machine that has runs, the last first."""
     data = {part: runs for part, runs in read(folder).items() if only in (None, part)}
     of: dict[str, dict[str, Runs]] = {}
     for part, runs in data.items():
@@ -114,9 +114,14 @@ def by_machine(
             for one in found:
                 own = of.setdefault(one["of"]["machine"], {})
                 own.setdefault(part, {}).setdefault(name, []).append(one)
+
+    def last(machine: str) -> str:
+        parts = of[machine].values()
+        return max(one["of"]["at"] for runs in parts for found in runs.values() for one in found)
+
     texts = [
-        (f"On {machine}:\n\n" if len(of) > 1 else "") + make(parts)
-        for machine, parts in sorted(of.items())
+        (f"On {machine}:\n\n" if len(of) > 1 else "") + make(of[machine])
+        for machine in sorted(of, key=last, reverse=True)
     ]
     return "\n\n".join(texts)
 

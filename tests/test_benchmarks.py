@@ -96,9 +96,10 @@ def test_a_table_replaces_its_own_part_of_the_page_alone(tmp_path, capsys):
     assert capsys.readouterr().out == "new \\1\n"
 
 
-def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
+def test_each_machine_has_a_table_of_its_own_the_last_first(tmp_path, monkeypatch, capsys):
     def add(machine, rate, fresh=False):
-        monkeypatch.setattr(results, "circumstances", lambda cores: {"machine": machine})
+        of = {"machine": machine, "at": str(rate)}
+        monkeypatch.setattr(results, "circumstances", lambda cores: of)
         results.add(tmp_path, "part", "ours", {"rate": rate}, fresh)
 
     def make(runs):
@@ -111,8 +112,9 @@ def test_each_machine_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
     add("one", 3)
     results.show_each(tmp_path, "part", make)
     assert capsys.readouterr().out == "On one:\n\nours [1, 3]\n\nOn other:\n\nours [2]\n"
-    add("one", 4, fresh=True)
-    assert [run["rate"] for run in results.read(tmp_path)["part"]["ours"]] == [2, 4]
+    add("other", 4, fresh=True)
+    results.show_each(tmp_path, "part", make)
+    assert capsys.readouterr().out == "On other:\n\nours [4]\n\nOn one:\n\nours [1, 3]\n"
 
 
 PAGE = {
