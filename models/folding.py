@@ -29,6 +29,8 @@ def fold(graph: Graph) -> None:
     graph.bypass_identities()
     graph.prune()  # else what was bypassed would still count as a reader
     _push_relus(graph)
+    _share_pools(graph)
+    graph.bypass_identities()
     graph.prune()
 
 
@@ -53,11 +55,7 @@ def _fold_batch_norm(graph: Graph, norm: Any, readers: dict[str, list[Any]]) -> 
         stop = start + kernel.shape[-1]
         _scale(graph, conv, kernel, scale[start:stop], bias[start:stop])
         start = stop
-    kind = norm.attr["T"].type
-    del norm.input[1:]
-    norm.op = "Identity"
-    norm.attr.clear()
-    norm.attr["T"].type = kind
+    _pass_on(norm, norm.input[0])
 
 
 def _convolutions(graph: Graph, tensor: str, readers: dict[str, list[Any]]) -> list[Any]:
@@ -119,6 +117,24 @@ def _push_relus(graph: Graph) -> None:
     for relu in found:  # the same ReLU of one tensor is computed once
         first = relus.get(relu.input[0])
         if relu.op == "Relu" and first not in (None, relu.name) and relu.name not in graph.keep:
-            relu.input[:] = [first]
-            relu.op = "Identity"
-    graph.bypass_identities()
+            _pass_on(relu, first)
+
+
+def _share_pools(graph: Graph) -> None:
+    """Compute equal pools once: NASNet adds the average of a tensor to itself."""
+    first: dict[tuple[str, str, bytes], str] = {}
+    for node in graph.nodes.values():
+        if node.op in ("AvgPool", "MaxPool") and not waits(node) and node.name not in graph.keep:
+            how = type(node)(attr=node.attr).SerializeToString(deterministic=True)
+            same = first.setdefault((node.op, node.input[0], how), node.name)
+            if same != node.name:
+                _pass_on(node, same)
+
+
+def _pass_on(node: Any, tensor: str) -> None:
+    """Make `node` an identity of `tensor`."""
+    kind = node.attr["T"].type
+    node.op = "Identity"
+    node.input[:] = [tensor]
+    node.attr.clear()
+    node.attr["T"].type = kind

@@ -75,6 +75,12 @@ def block(net: Net, x: tf.Tensor, endpoint: bool = False) -> tf.Tensor:
     return tf.nn.relu(concat)
 
 
+def pools(x: tf.Tensor, *sides: int) -> tf.Tensor:
+    """The sum of average pools of `x`, and a maximum pool of the first size."""
+    each = [tf.nn.avg_pool2d(x, side, 1, "SAME") for side in sides]
+    return tf.add_n(each) + tf.nn.max_pool2d(x, sides[0], 1, "SAME")
+
+
 def named(x: tf.Tensor) -> tf.Tensor:
     """`x` behind nodes called as folding calls its own."""
     for name in ("conv", "kernel", "bias"):
@@ -96,6 +102,15 @@ FOLDED = {
     "one of which an endpoint reads too, that nobody wants": (
         lambda net, x: block(net, x, endpoint=True),
         {"FusedBatchNormV3": 0, "ConcatV2": 1, "Relu": 5},
+    ),
+    "a pool that is there twice": (
+        lambda net, x: pools(x, 3, 3),
+        {"AvgPool": 1, "MaxPool": 1},
+    ),
+    "pools of two sizes": (lambda net, x: pools(x, 3, 2), {"AvgPool": 2, "MaxPool": 1}),
+    "pools of two tensors": (
+        lambda net, x: pools(x, 3, 3) + pools(tf.abs(x), 3),
+        {"AvgPool": 2, "MaxPool": 2},
     ),
 }
 LEFT = {
