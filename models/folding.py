@@ -2,7 +2,9 @@
 
 Batch norm goes into the convolution before it: `bn(conv(x, w)) = conv(x, w s) + (beta - mean s)`
 with `s = gamma / sqrt(variance + epsilon)`. A ReLU of a concatenation becomes one of each part:
-most parts of these networks have their own already, or have it for nothing.
+most parts of these networks have their own already, or have it for nothing. Equal pools are
+computed once; NASNet adds the average of a tensor to itself, and the convolutions that read that
+twofold take it in their kernels.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ def fold(graph: Graph) -> None:
     graph.prune()  # else what was bypassed would still count as a reader
     _push_relus(graph)
     _share_pools(graph)
+    graph.bypass_identities()
+    graph.prune()
+    _double_kernels(graph)
     graph.bypass_identities()
     graph.prune()
 
@@ -64,12 +69,10 @@ def _convolutions(graph: Graph, tensor: str, readers: dict[str, list[Any]]) -> l
     if len(readers[node.name]) != 1 or node.name in graph.keep or waits(node):
         return []
     if node.op == "ConcatV2":
-        axis = graph.constant(node.input[-1])
         parts = [_convolutions(graph, part, readers) for part in node.input[:-1]]
-        last = axis is not None and int(axis) in (3, -1)
-        return [conv for part in parts for conv in part] if last and all(parts) else []
-    plain = node.op == "Conv2D" and node.attr["data_format"].s in (b"NHWC", b"")
-    return [node] if plain and graph.constant(node.input[1]) is not None else []
+        known = _joins_channels(graph, node) and all(parts)
+        return [conv for part in parts for conv in part] if known else []
+    return [node] if _has_plain_kernel(graph, node) else []
 
 
 def _scale(
@@ -121,7 +124,7 @@ def _push_relus(graph: Graph) -> None:
 
 
 def _share_pools(graph: Graph) -> None:
-    """Compute equal pools once: NASNet adds the average of a tensor to itself."""
+    """Compute equal pools once."""
     first: dict[tuple[str, str, bytes], str] = {}
     for node in graph.nodes.values():
         if node.op in ("AvgPool", "MaxPool") and not waits(node) and node.name not in graph.keep:
@@ -129,6 +132,104 @@ def _share_pools(graph: Graph) -> None:
             same = first.setdefault((node.op, node.input[0], how), node.name)
             if same != node.name:
                 _pass_on(node, same)
+
+
+def _double_kernels(graph: Graph) -> None:
+    """Put the 2 of a tensor added to itself into the kernels of the convolutions behind it.
+
+    Where only such read it, through what takes twice the input to twice the output. A product with
+    2 is exact, so no bit of the result changes.
+    """
+    doubled = [
+        node
+        for node in graph.nodes.values()
+        if node.op in ("Add", "AddV2")
+        and node.input[0] == node.input[1]
+        and node.name not in graph.keep
+        and not waits(node)
+    ]
+    if not doubled:
+        return
+    shapes, readers = graph.shapes(), graph.readers()
+    for node in doubled:
+        width = _channels(shapes, node.name)
+        reading = width and _reading(graph, shapes, readers, node, 0)
+        if width and reading:
+            for conv, start in reading:
+                kernel = np.array(graph.constant(conv.input[1]))
+                kernel[:, :, start : start + width] *= 2
+                conv.input[1] = graph.add_constant(f"{conv.name}/doubled", kernel)
+            _pass_on(node, node.input[0])
+
+
+def _reading(
+    graph: Graph,
+    shapes: dict[str, list[int | None]],
+    readers: dict[str, list[Any]],
+    node: Any,
+    start: int,
+) -> list[tuple[Any, int]] | None:
+    """The convolutions that read `node`, whose first channel is their `start`-th, each with where
+    it reads that; None where something else reads it too.
+    """
+    found: list[tuple[Any, int]] = []
+    for reader in {reader.name: reader for reader in readers[node.name]}.values():
+        if waits(reader) or reader.name in graph.keep:
+            return None
+        if _has_plain_kernel(graph, reader):
+            found.append((reader, start))
+            continue
+        if reader.op == "ConcatV2" and _joins_channels(graph, reader):
+            widths = [_channels(shapes, part) or 0 for part in reader.input[:-1]]
+            starts = [
+                start + sum(widths[:at])
+                for at, part in enumerate(reader.input[:-1])
+                if node_name(part) == node.name
+            ]
+            known = all(widths)
+        else:
+            starts, known = [start], _keeps_channels(graph, shapes, reader)
+        for at in starts:
+            behind = _reading(graph, shapes, readers, reader, at) if known else None
+            if behind is None:
+                return None
+            found += behind
+    return found
+
+
+def _keeps_channels(graph: Graph, shapes: dict[str, list[int | None]], node: Any) -> bool:
+    """Whether `node` gives twice as much of twice its first input, each channel in its place."""
+    if node.op in ("Relu", "AvgPool", "MaxPool"):
+        return _channels_last(node)
+    width = _channels(shapes, node.name)
+    if width is None or width != _channels(shapes, node.input[0]):
+        return False
+    if node.op == "StridedSlice":
+        steps = graph.constant(node.input[3])
+        masks = ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+        return steps is not None and min(steps) > 0 and not any(node.attr[m].i for m in masks)
+    return bool(node.op == "Pad")
+
+
+def _channels(shapes: dict[str, list[int | None]], tensor: str) -> int | None:
+    """How many channels pictures have in `tensor`, None where that is open or they are none."""
+    shape = shapes.get(tensor) or []
+    return shape[-1] if len(shape) == 4 else None
+
+
+def _channels_last(node: Any) -> bool:
+    return "data_format" not in node.attr or node.attr["data_format"].s in (b"NHWC", b"")
+
+
+def _joins_channels(graph: Graph, concat: Any) -> bool:
+    axis = graph.constant(concat.input[-1])
+    return axis is not None and int(axis) in (3, -1)
+
+
+def _has_plain_kernel(graph: Graph, node: Any) -> bool:
+    """Whether `node` is a convolution of channels last by a constant."""
+    plain = node.op == "Conv2D" and _channels_last(node)
+    return plain and graph.constant(node.input[1]) is not None
 
 
 def _pass_on(node: Any, tensor: str) -> None:

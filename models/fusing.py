@@ -23,6 +23,7 @@ _BFLOAT16_OPS = {
 _FUSED = "_MklNativeFusedConv2D"
 _FLOAT = tf.float32.as_datatype_enum
 _BFLOAT16 = tf.bfloat16.as_datatype_enum
+_INT16 = tf.int16.as_datatype_enum
 _FUSIBLE = {_FLOAT, _BFLOAT16} if BFLOAT16 else {_FLOAT}  # what oneDNN's kernel takes here
 
 
@@ -94,7 +95,7 @@ def fuse_convolutions(graph: Graph) -> None:
     Only where nothing else reads what lies between. The addition is fused where both sides have
     one shape.
     """
-    shapes = _shapes(graph)
+    shapes = graph.shapes()
     readers = graph.readers()
     for bias in [node for node in graph.nodes.values() if node.op == "BiasAdd"]:
         conv = graph.producer(bias.input[0])
@@ -116,6 +117,30 @@ def fuse_convolutions(graph: Graph) -> None:
             fused.append(b"Relu")
         _replace(graph, chain, [*conv.input, bias.input[1], *extra], fused)
     graph.prune()
+
+
+def take_larger_by_bits(graph: Graph) -> None:
+    """Make each ReLU of bfloat16 that is still an operation one of its bits, read as int16.
+
+    Both orders are the same from 0 on, and all that has a sign bit is less than 0. TensorFlow's own
+    widens each number to float32 and rounds it back, and takes 4 times as long. A NaN with a sign
+    becomes 0, as in fused operations.
+    """
+    for relu in [node for node in graph.nodes.values() if node.op == "Relu"]:
+        if kind(relu) != _BFLOAT16 or waits(relu) or relu.name in graph.keep:
+            continue
+        del graph.nodes[relu.name]
+        bits = _bitcast(graph, f"{relu.name}/bits", relu.input[0], _BFLOAT16, _INT16)
+        larger = graph.add("Relu", f"{relu.name}/larger", [bits])
+        larger.attr["T"].type = _INT16
+        _bitcast(graph, relu.name, larger.name, _INT16, _BFLOAT16)
+
+
+def _bitcast(graph: Graph, name: str, tensor: str, from_type: int, to_type: int) -> str:
+    node = graph.add("Bitcast", name, [tensor])
+    node.attr["T"].type = from_type
+    node.attr["type"].type = to_type
+    return str(node.name)
 
 
 def take_odd_pixels(graph: Graph) -> None:
@@ -188,7 +213,7 @@ def multiply_by_picture(graph: Graph) -> None:
     """
     products = [node for node in graph.nodes.values() if node.op == "MatMul"]
     flattened = [graph.producer(node.input[0]) for node in products]
-    shapes = _shapes(graph) if any(node.op == "Reshape" for node in flattened) else {}
+    shapes = graph.shapes() if any(node.op == "Reshape" for node in flattened) else {}
     for node in products:
         matrix = graph.constant(node.input[1])
         if node.attr["transpose_a"].b or matrix is None or waits(node):
@@ -259,15 +284,3 @@ def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[byte
     node.attr["fused_ops"].list.s.extend(fused)
     node.attr["is_filter_const"].b = True
     node.attr["_kernel"].s = b"MklNameChangeOp"  # how TensorFlow labels its oneDNN kernels
-
-
-def _shapes(graph: Graph) -> dict[str, list[int | None]]:
-    """Tensor name, as nodes read it, to static shape, of those of known rank."""
-    with tf.Graph().as_default() as shaped:
-        tf.graph_util.import_graph_def(graph.to_def(), name="")
-    return {
-        tensor.name.removesuffix(":0"): tensor.shape.as_list()
-        for op in shaped.get_operations()
-        for tensor in op.outputs
-        if tensor.shape.rank is not None
-    }

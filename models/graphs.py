@@ -105,6 +105,17 @@ class Graph:
                 found[node_name(name)].append(node)
         return found
 
+    def shapes(self) -> dict[str, list[int | None]]:
+        """Tensor name, as nodes read it, to static shape, of those of known rank."""
+        with tf.Graph().as_default() as shaped:
+            tf.graph_util.import_graph_def(self.to_def(), name="")
+        return {
+            tensor.name.removesuffix(":0"): tensor.shape.as_list()
+            for op in shaped.get_operations()
+            for tensor in op.outputs
+            if tensor.shape.rank is not None
+        }
+
     def producer(self, tensor: str) -> Any:
         """The node that makes `tensor`."""
         return self.nodes[node_name(tensor)]

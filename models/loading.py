@@ -19,6 +19,7 @@ from models.fusing import (
     can_fuse,
     fuse_convolutions,
     multiply_by_picture,
+    take_larger_by_bits,
     take_odd_pixels,
     to_bfloat16,
 )
@@ -281,6 +282,8 @@ def _for_device(graph: Graph, bfloat16: bool) -> None:
         multiply_by_picture(graph)
         if can_fuse():
             fuse_convolutions(graph)
+        if bfloat16:
+            take_larger_by_bits(graph)
 
 
 def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
