@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from models.graphs import Graph, node_name, port, waits
+from models.graphs import Graph, kind, node_name, port, waits
+from models.runtime import tf
 
+# Of 16 bits, halves of the least numbers are lost, and whole numbers wrap around.
+_EXACT = {tf.float32.as_datatype_enum, tf.float64.as_datatype_enum}
 _BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
 
@@ -144,6 +147,7 @@ def _double_kernels(graph: Graph) -> None:
         node
         for node in graph.nodes.values()
         if node.op in ("Add", "AddV2")
+        and kind(node) in _EXACT
         and node.input[0] == node.input[1]
         and node.name not in graph.keep
         and not waits(node)
@@ -177,6 +181,10 @@ def _reading(
         if waits(reader) or reader.name in graph.keep:
             return None
         if _has_plain_kernel(graph, reader):
+            kernel = graph.constant(reader.input[1])
+            assert kernel is not None
+            if kernel.shape[2] != _channels(shapes, reader.input[0]):
+                return None  # of groups, each with channels of its own
             found.append((reader, start))
             continue
         if reader.op == "ConcatV2" and _joins_channels(graph, reader):
@@ -199,15 +207,16 @@ def _reading(
 
 def _keeps_channels(graph: Graph, shapes: dict[str, list[int | None]], node: Any) -> bool:
     """Whether `node` gives twice as much of twice its first input, each channel in its place."""
-    if node.op in ("Relu", "AvgPool", "MaxPool"):
-        return _channels_last(node)
     width = _channels(shapes, node.name)
     if width is None or width != _channels(shapes, node.input[0]):
         return False
+    if node.op in ("Relu", "AvgPool", "MaxPool"):
+        return _channels_last(node)
     if node.op == "StridedSlice":
         steps = graph.constant(node.input[3])
         masks = ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
-        return steps is not None and min(steps) > 0 and not any(node.attr[m].i for m in masks)
+        plain = not any(node.attr[mask].i for mask in masks)
+        return steps is not None and bool((steps > 0).all()) and plain
     return bool(node.op == "Pad")
 
 

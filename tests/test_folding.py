@@ -136,6 +136,10 @@ FOLDED = {
         ),
         {"AddV2": 0},
     ),
+    "twice a pool, through a slice of everything": (
+        lambda net, x: net.conv(tf.strided_slice(doubled(x), np.zeros(0, int), [], [])),
+        {"AddV2": 0},
+    ),
     "pools of two tensors": (
         lambda net, x: pools(x, 3, 3) + pools(tf.abs(x), 3),
         {"AvgPool": 2, "MaxPool": 2},
@@ -166,6 +170,19 @@ TWICE_LEFT = {
     "of which channels are turned": lambda net, x: net.conv(doubled(x)[:, :, :, ::-1]),
     "of which columns become channels": lambda net, x: net.conv(
         doubled(x)[:, tf.newaxis, :, :CHANNELS, 0]
+    ),
+    "behind others, by groups": lambda net, x: tf.nn.conv2d(
+        tf.concat([x, doubled(x)], 3), net.random.normal(size=(1, 1, 4, 4)).astype("f"), 1, "SAME"
+    ),
+    "before others, by groups": lambda net, x: tf.nn.conv2d(
+        tf.concat([doubled(x), x], 3), net.random.normal(size=(1, 1, 4, 4)).astype("f"), 1, "SAME"
+    ),
+    "a pool over channels": lambda net, x: net.conv(
+        tf.concat([tf.nn.max_pool2d(doubled(x), [1, 1, 1, 2], [1, 1, 1, 2], "SAME"), x], 3)
+    ),
+    "of 16 bits": lambda net, x: tf.cast(
+        tf.nn.conv2d(doubled(tf.cast(x, tf.float16)), np.ones((1, 1, 4, 4), "e"), 1, "SAME"),
+        tf.float32,
     ),
     "padded by channels": lambda net, x: net.conv(tf.pad(doubled(x), [[0, 0]] * 3 + [[1, 0]])),
     "a kernel that is no constant": lambda net, x: tf.nn.conv2d(
