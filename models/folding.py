@@ -75,7 +75,7 @@ def _convolutions(graph: Graph, tensor: str, readers: dict[str, list[Any]]) -> l
         parts = [_convolutions(graph, part, readers) for part in node.input[:-1]]
         known = _joins_channels(graph, node) and all(parts)
         return [conv for part in parts for conv in part] if known else []
-    return [node] if _has_plain_kernel(graph, node) else []
+    return [] if _plain_kernel(graph, node) is None else [node]
 
 
 def _scale(
@@ -180,9 +180,8 @@ def _reading(
     for reader in {reader.name: reader for reader in readers[node.name]}.values():
         if waits(reader) or reader.name in graph.keep:
             return None
-        if _has_plain_kernel(graph, reader):
-            kernel = graph.constant(reader.input[1])
-            assert kernel is not None
+        kernel = _plain_kernel(graph, reader)
+        if kernel is not None:
             if kernel.shape[2] != _channels(shapes, reader.input[0]):
                 return None  # of groups, each with channels of its own
             found.append((reader, start))
@@ -235,10 +234,10 @@ def _joins_channels(graph: Graph, concat: Any) -> bool:
     return axis is not None and int(axis) in (3, -1)
 
 
-def _has_plain_kernel(graph: Graph, node: Any) -> bool:
-    """Whether `node` is a convolution of channels last by a constant."""
+def _plain_kernel(graph: Graph, node: Any) -> np.ndarray | None:
+    """The constant by which `node` is a convolution of channels last, None where it is none."""
     plain = node.op == "Conv2D" and _channels_last(node)
-    return plain and graph.constant(node.input[1]) is not None
+    return graph.constant(node.input[1]) if plain else None
 
 
 def _pass_on(node: Any, tensor: str) -> None:

@@ -475,7 +475,7 @@ def test_bfloat16_is_near(name):
 
 
 def bfloat16_values() -> np.ndarray:
-    """Every value of bfloat16, float32 [65536]; NaN without a sign alone."""
+    """Every value of bfloat16 in float32, but for NaNs with a sign."""
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
     values = bits.view(np.float32)
     return values[~(np.isnan(values) & (bits >> 31 == 1))]
