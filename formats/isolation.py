@@ -1,8 +1,8 @@
 """Decoding in processes of its own, so that a decoder's crash or hang costs one picture.
 
 A fork server, started afresh, imports Pillow and NumPy and nothing of TensorFlow or Beam; it forks
-the processes that decode. Encoded bytes go to them and pixels come back over sockets. All of them
-end when their starter closes them or dies, however it dies.
+the processes that decode. Encoded bytes go to them over sockets, and pixels come back in memory
+that both sides share. All of them end when their starter closes them or dies, however it dies.
 
 This bounds faults, and is no sandbox: the processes run as the same user.
 """
@@ -17,6 +17,8 @@ import functools
 import gc
 import importlib
 import json
+import math
+import mmap
 import os
 import resource
 import signal
@@ -45,7 +47,8 @@ CRASHED, TIMEOUT, OUT_OF_MEMORY = "DecoderCrashed", "DecodeTimeout", "DecoderOut
 # of a round of batches, rather than beforehand.
 _NICER = 10
 _REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
-_REPLY = struct.Struct("<III")  # bytes of an error's JSON (0: pixels follow), width, height
+_REPLY = struct.Struct("<III")  # bytes of an error's JSON, which follows (0: none), width, height
+_TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
 _NO_MEMORY = 77  # exit status of a process that has none left for the bytes themselves
 # What a process does to itself. Any other signal came from outside, and may not be the picture's.
@@ -91,7 +94,7 @@ class DecodeProcesses:
         for fresh in (False, True):
             process = self._take(fresh)
             try:
-                answer = process.ask(data, self._limits.seconds)
+                answer = process.ask(data)
             except TimeoutError:
                 process.end()
                 message = f"not decoded within --decode_seconds {self._limits.seconds:g}"
@@ -133,7 +136,7 @@ class DecodeProcesses:
             for _ in range(2):  # a second server where something has killed the first
                 self._server = self._server or self._new_server()
                 try:
-                    return self._server.start(self._how)
+                    return self._server.start(self._how, self._limits.seconds)
                 except (EOFError, OSError) as error:
                     reason = self._server.close() or str(error)
                     self._server = None
@@ -237,13 +240,16 @@ class _ForkServer:
         theirs.close()
         os.close(life_line)
 
-    def start(self, how: Preprocessing) -> _Process:
-        """A new process that decodes by `how`. EOFError or OSError where this server is gone."""
+    def start(self, how: Preprocessing, seconds: float) -> _Process:
+        """A new process that decodes by `how`, a picture within `seconds`.
+
+        EOFError or OSError where this server is gone.
+        """
         ours, theirs = _pair(socket.SOCK_STREAM)
-        process = _Process(self, ours, _errors_file(), how.size)
+        process = _Process(self, ours, how.size, seconds)
         try:
             with theirs:
-                process.pid = self._ask(0, [theirs.fileno(), process.errors])
+                process.pid = self._ask(0, [theirs.fileno(), *process.files])
             if process.pid < 0:
                 reason = os.strerror(-process.pid)
                 raise RunError(f"no process for decoding can be started: {reason}")
@@ -285,52 +291,54 @@ class _ForkServer:
 
 
 class _Process:
-    """A process that decodes, at the other end of a socket; `errors` is the file of its stderr."""
+    """A process that decodes, at the other end of a socket.
 
-    def __init__(self, server: _ForkServer, connection: socket.socket, errors: int, size: int):
+    `files`: that of its stderr, and the memory that it puts pixels into.
+    """
+
+    def __init__(self, server: _ForkServer, connection: socket.socket, size: int, seconds: float):
         self.pid = 0
-        self.errors = errors
         self._server = server
         self._connection = connection
-        self._size = size
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # settimeout would poll each time
+            connection.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
+        self.files = (_errors_file(), os.memfd_create("pixels"))
+        os.ftruncate(self.files[1], size * size * 3)
+        self._pixels = _mapped(self.files[1]).reshape(size, size, 3)
 
     def tell(self, how: Preprocessing) -> None:
         """Tell it how to decode, before the first picture."""
         text = json.dumps(dataclasses.asdict(how)).encode()
         _send(self._connection, _REQUEST.pack(len(text)), memoryview(text))
 
-    def ask(self, data: bytes, seconds: float) -> Pixels | ImageError:
+    def ask(self, data: bytes) -> Pixels | ImageError:
         """What it makes of `data`. Raises TimeoutError; EOFError or ConnectionError if it died."""
-        self._connection.settimeout(seconds)
-        _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
-        reply = bytearray(_REPLY.size)
-        self._receive(memoryview(reply))
-        length, width, height = _REPLY.unpack(reply)
-        if length:
-            text = bytearray(length)
-            self._receive(memoryview(text))
-            return ImageError(*json.loads(text))
-        pixels = np.empty((self._size, self._size, 3), np.uint8)
-        self._receive(pixels.reshape(-1).data)
-        return pixels, width, height
+        try:
+            _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
+            length, width, height = _REPLY.unpack(self._receive(_REPLY.size))
+            if length:
+                return ImageError(*json.loads(self._receive(length)))
+        except BlockingIOError:
+            raise TimeoutError from None
+        return self._pixels.copy(), width, height
 
-    def _receive(self, buffer: memoryview) -> None:
-        while buffer:
-            got = self._connection.recv_into(buffer)
-            if not got:
-                raise EOFError
-            buffer = buffer[got:]
+    def _receive(self, size: int) -> bytes:
+        received = self._connection.recv(size, socket.MSG_WAITALL)
+        if len(received) < size:
+            raise EOFError
+        return received
 
     def end(self) -> tuple[int, str]:
         """Its exit status after killing it where it still runs, and its last words."""
-        status, words = self._server.end(self.pid), _last_line(self.errors)
+        status, words = self._server.end(self.pid), _last_line(self.files[0])
         self.close()
         return status, words
 
     def close(self) -> None:
         """Let go of it."""
         self._connection.close()
-        os.close(self.errors)
+        for file in self.files:
+            os.close(file)
 
 
 def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
@@ -342,6 +350,15 @@ def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
     for end in pair:
         end.setblocking(True)
     return pair
+
+
+def _timeval(seconds: float) -> bytes:
+    """`seconds` as the kernel takes them, a microsecond at least: 0 would be for ever."""
+    return _TIMEVAL.pack(*divmod(math.ceil(seconds * 1e6), 1_000_000))
+
+
+def _mapped(file: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(file, 0), np.uint8)
 
 
 def _send(connection: socket.socket, head: bytes, body: memoryview) -> None:
@@ -379,7 +396,7 @@ def serve(control: int, life_line: int, module: str, function: str, memory: int)
     children: set[int] = set()
     gc.freeze()  # else the collector would write to every page that is shared
     while True:
-        order, files, _, _ = socket.recv_fds(orders, _ORDER.size, 2)
+        order, files, _, _ = socket.recv_fds(orders, _ORDER.size, 3)
         if not order:
             break
         (pid,) = _ORDER.unpack(order)
@@ -402,30 +419,34 @@ def _end(pid: int) -> int:
 def _fork(
     orders: socket.socket, files: Sequence[int], decoder: Callable[..., Pixels], memory: int
 ) -> int:
-    """The pid of a new process that answers on the first of `files`; the errno, negative."""
-    connection, errors = files
+    """The pid of a new process; the errno, negative, where there is none.
+
+    It answers on the first of `files`, writes errors to the second, and pixels to the third.
+    """
     try:
         pid = os.fork()
     except OSError as error:
         pid = -(error.errno or errno.EAGAIN)
     if pid:
-        os.close(connection)
-        os.close(errors)
+        for file in files:
+            os.close(file)
         return pid
     status = 1
     try:
         orders.close()  # else the server's death would not close it
+        connection, errors, memory_of_pixels = files
         os.dup2(errors, 2)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         most = pages * resource.getpagesize() + memory
         most = min(most, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        pixels = _mapped(memory_of_pixels)
         requests = socket.socket(fileno=connection)
         decode = functools.partial(decoder, how=_told(requests))
         while head := requests.recv(_REQUEST.size, socket.MSG_WAITALL):
             os.ftruncate(2, 0)
-            _answer(requests, _REQUEST.unpack(head)[0], decode)
+            _answer(requests, _REQUEST.unpack(head)[0], decode, pixels)
         status = 0
     except MemoryError:
         status = _NO_MEMORY
@@ -444,7 +465,9 @@ def _told(requests: socket.socket) -> Preprocessing:
     return Preprocessing(**how | {"formats": tuple(how["formats"])})
 
 
-def _answer(requests: socket.socket, size: int, decode: Callable[[bytes], Pixels]) -> None:
+def _answer(
+    requests: socket.socket, size: int, decode: Callable[[bytes], Pixels], shared: np.ndarray
+) -> None:
     data = requests.recv(size, socket.MSG_WAITALL) if size else b""
     try:
         pixels, width, height = decode(data)
@@ -452,7 +475,8 @@ def _answer(requests: socket.socket, size: int, decode: Callable[[bytes], Pixels
         text = json.dumps([_class_of(error), error.message]).encode()
         _send(requests, _REPLY.pack(len(text), 0, 0), memoryview(text))
     else:
-        _send(requests, _REPLY.pack(0, width, height), pixels.reshape(-1).data)
+        shared[:] = pixels.reshape(-1)
+        requests.sendall(_REPLY.pack(0, width, height))
 
 
 def _class_of(error: ImageError) -> str:

@@ -98,6 +98,16 @@ def test_pixels_and_sizes_are_those_of_the_plain_decoder(start):
         assert got[1:] == expected[1:]
 
 
+def test_pixels_stay_what_they_are_when_the_next_picture_comes(start):
+    processes = start()
+    first = processes.decode(PICTURE)[0]
+    kept = first.copy()
+    other = processes.decode(pictures.jpeg(64, 48, "L"))[0]
+    assert len(processes._idle) == 1
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(first, other)
+
+
 @pytest.mark.parametrize("how", [Preprocessing(1), Preprocessing(331, "pad", "bilinear")])
 def test_every_preprocessing_reaches_the_processes(start, how):
     got = start(decoder=decode_image, how=how).decode(PICTURE)
@@ -222,13 +232,21 @@ def test_a_process_killed_during_a_picture_costs_none(start):
         assert answer.result(60)[1:] == (64, 48)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(1e-9, (0, 1)), (0.5, (0, 500_000)), (2, (2, 0)), (86400, (86400, 0))],
+)
+def test_no_limit_of_time_is_told_to_the_kernel_as_none(seconds, told):
+    assert isolation._TIMEVAL.unpack(isolation._timeval(seconds)) == told
+
+
 def test_a_default_timeout_of_sockets_changes_nothing(start):
     socket.setdefaulttimeout(60)
     try:
         processes = start()
         first = processes._take(fresh=True)
         time.sleep(0.5)  # now both wait for what has not been sent
-        assert first.ask(PICTURE, 60)[1:] == (64, 48)
+        assert first.ask(PICTURE)[1:] == (64, 48)
         assert processes.decode(PICTURE)[1:] == (64, 48)
         first.close()
     finally:
