@@ -137,6 +137,12 @@ def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def nearest(run: dict[str, Any], others: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """That of `others` which ended nearest to `run`, None where none did within an hour of it."""
+    near = [other for other in others if abs(at(run) - at(other)) <= NEAR]
+    return min(near, key=lambda other: abs(at(run) - at(other)), default=None)
+
+
 def paired(
     mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], figure: str
 ) -> float | None:
@@ -144,18 +150,10 @@ def paired(
 
     So that a machine which slows down between two turns slows both sides of each ratio.
     """
-
-    def apart(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
-        return abs(at(pair[0]) - at(pair[1]))
-
-    if not mine or not others:
-        return None
-    if len(mine) <= len(others):
-        pairs = [min(((one, other) for other in others), key=apart) for one in mine]
-    else:
-        pairs = [min(((one, other) for one in mine), key=apart) for other in others]
-    near = [pair for pair in pairs if apart(pair) <= NEAR]
-    return median([{"ratio": one[figure] / other[figure]} for one, other in near], "ratio")
+    fewer, more, power = (mine, others, 1) if len(mine) <= len(others) else (others, mine, -1)
+    pairs = [(one, nearest(one, more)) for one in fewer]
+    ratios = [(one[figure] / other[figure]) ** power for one, other in pairs if other]
+    return statistics.median(ratios) if ratios else None
 
 
 def worst(

@@ -193,7 +193,7 @@ def test_targets_are_of_runs_near_in_time_and_told_where_both_sides_ran():
     assert held(throughput=runs) == {
         "bfloat16 / rival (a), same pixels": ["1.10", "at least 1.05", "met"],
         "bfloat16 / signature in float32": ["1.62", "at least 1.8", "missed"],
-        "bfloat16, share of what the cores allow": ["0.88", "at least 0.92", "missed"],
+        "bfloat16, share of what the cores allow": ["0.86", "at least 0.92", "missed"],
         cost: ["1.095", "at most 1.03", "missed"],
     }
 
@@ -347,7 +347,7 @@ def test_vectors_are_compared_photograph_by_photograph():
 
 def test_both_sides_of_every_ratio_are_contenders():
     rates = {name: ran(100) for name in throughput.CONTENDERS}
-    assert len(held(throughput=rates)) == 28
+    assert len(held(throughput=rates)) == 31
     assert throughput.table(rates).count("\n| ") == len(throughput.CONTENDERS)
 
 
