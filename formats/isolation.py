@@ -436,12 +436,12 @@ def _fork(
         orders.close()  # else the server's death would not close it
         connection, errors, memory_of_pixels = files
         os.dup2(errors, 2)
+        pixels = _mapped(memory_of_pixels)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         most = pages * resource.getpagesize() + memory
         most = min(most, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        pixels = _mapped(memory_of_pixels)
         requests = socket.socket(fileno=connection)
         decode = functools.partial(decoder, how=_told(requests))
         while head := requests.recv(_REQUEST.size, socket.MSG_WAITALL):
