@@ -27,16 +27,10 @@ _PRICE = "public list price, us-central1, noted 2025 and not looked up since; ch
 
 # Seconds of one core for an image: of images a second on two cores, two batches at once.
 MODEL_SECONDS = {
-    ("nasnet_mobile", "float32"): Figure(2 / 210, "CPU s/image", f"{_PERFORMANCE}, batch 8"),
-    ("nasnet_mobile", "bfloat16"): Figure(2 / 320, "CPU s/image", f"{_PERFORMANCE}, batch 16"),
-    ("nasnet_large", "float32"): Figure(
-        2 / 6.5,
-        "CPU s/image",
-        "measured, before batches ran side by side: a tf.function, two cores",
-    ),
-    ("nasnet_large", "bfloat16"): Figure(
-        2 / 12.6, "CPU s/image", "measured, before batches ran side by side: frozen, two cores"
-    ),
+    ("nasnet_mobile", "float32"): Figure(2 / 239, "CPU s/image", f"{_PERFORMANCE}, batch 8"),
+    ("nasnet_mobile", "bfloat16"): Figure(2 / 387, "CPU s/image", f"{_PERFORMANCE}, batch 16"),
+    ("nasnet_large", "float32"): Figure(2 / 8.3, "CPU s/image", f"{_PERFORMANCE}, batch 1"),
+    ("nasnet_large", "bfloat16"): Figure(2 / 16.0, "CPU s/image", f"{_PERFORMANCE}, batch 2"),
 }
 # Multiply-adds of an image in billions, by which networks without a measurement are scaled.
 MULTIPLY_ADDS = {
@@ -58,7 +52,7 @@ GPU_SHARE = Figure(
     "docs/PERFORMANCE.md; no other GPU was measured; --gpu_images_per_second overrides it",
 )
 DECODE_SECONDS = Figure(
-    0.0014, "CPU s/image", "measured: Pillow, a 500 x 375 JPEG to 224 x 224; 12 megapixels: 0.022"
+    0.0015, "CPU s/image", f"{_PERFORMANCE}, a 500 x 375 JPEG to 224 x 224; 12 megapixels: 0.013"
 )
 OTHER_SECONDS = Figure(
     0.0002,
@@ -87,9 +81,10 @@ IMAGE_BYTES = Figure(110_000, "bytes", "mean of ImageNet's training set: 138 GB 
 ROW_BYTES = Figure(300, "bytes", "transforms/sink.py: what a row holds besides its vectors")
 START_SECONDS = Figure(300, "s", "ASSUMED: workers start, and pull an image of some GB")
 LOAD_SECONDS = Figure(
-    40,
+    10,
     "s",
-    "measured: a prepared nasnet_large to its first vectors, before weights stood beside graphs",
+    "measured: docs/PERFORMANCE.md, process start to a prepared nasnet_large's first vectors, 5 s, "
+    "at half the speed",
 )
 
 # Stores. Pages and their seconds are those of a service that was not measured.
