@@ -17,7 +17,6 @@ import functools
 import gc
 import importlib
 import json
-import math
 import mmap
 import os
 import resource
@@ -48,7 +47,6 @@ CRASHED, TIMEOUT, OUT_OF_MEMORY = "DecoderCrashed", "DecodeTimeout", "DecoderOut
 _NICER = 10
 _REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
 _REPLY = struct.Struct("<III")  # bytes of an error's JSON, which follows (0: none), width, height
-_TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
 _NO_MEMORY = 77  # exit status of a process that has none left for the bytes themselves
 # What a process does to itself. Any other signal came from outside, and may not be the picture's.
@@ -298,13 +296,18 @@ class _Process:
 
     def __init__(self, server: _ForkServer, connection: socket.socket, size: int, seconds: float):
         self.pid = 0
+        self.files: list[int] = []
         self._server = server
         self._connection = connection
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # settimeout would poll each time
-            connection.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
-        self.files = (_errors_file(), os.memfd_create("pixels"))
-        os.ftruncate(self.files[1], size * size * 3)
-        self._pixels = _mapped(self.files[1]).reshape(size, size, 3)
+        self._connection.settimeout(seconds)
+        try:
+            self.files.append(_errors_file())
+            self.files.append(os.memfd_create("pixels"))
+            os.ftruncate(self.files[1], size * size * 3)
+            self._pixels = _mapped(self.files[1]).reshape(size, size, 3)
+        except BaseException:
+            self.close()
+            raise
 
     def tell(self, how: Preprocessing) -> None:
         """Tell it how to decode, before the first picture."""
@@ -313,20 +316,11 @@ class _Process:
 
     def ask(self, data: bytes) -> Pixels | ImageError:
         """What it makes of `data`. Raises TimeoutError; EOFError or ConnectionError if it died."""
-        try:
-            _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
-            length, width, height = _REPLY.unpack(self._receive(_REPLY.size))
-            if length:
-                return ImageError(*json.loads(self._receive(length)))
-        except BlockingIOError:
-            raise TimeoutError from None
+        _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
+        length, width, height = _REPLY.unpack(_receive(self._connection, _REPLY.size))
+        if length:
+            return ImageError(*json.loads(_receive(self._connection, length)))
         return self._pixels.copy(), width, height
-
-    def _receive(self, size: int) -> bytes:
-        received = self._connection.recv(size, socket.MSG_WAITALL)
-        if len(received) < size:
-            raise EOFError
-        return received
 
     def end(self) -> tuple[int, str]:
         """Its exit status after killing it where it still runs, and its last words."""
@@ -352,11 +346,6 @@ def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-def _timeval(seconds: float) -> bytes:
-    """`seconds` as the kernel takes them, a microsecond at least: 0 would be for ever."""
-    return _TIMEVAL.pack(*divmod(math.ceil(seconds * 1e6), 1_000_000))
-
-
 def _mapped(file: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(file, 0), np.uint8)
 
@@ -365,6 +354,19 @@ def _send(connection: socket.socket, head: bytes, body: memoryview) -> None:
     sent = connection.sendmsg([head, body])  # one message wakes the other side once
     if sent < len(head) + len(body):
         connection.sendall(body[sent - len(head) :])
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """The next `size` bytes; EOFError where the other end has closed before."""
+    # All at once, unless a signal comes between (to a process that is stopped and goes on, too) or
+    # the socket has a timeout.
+    received = connection.recv(size, socket.MSG_WAITALL) if size else b""
+    while len(received) < size:
+        more = connection.recv(size - len(received), socket.MSG_WAITALL)
+        if not more:
+            raise EOFError
+        received += more
+    return received
 
 
 def _errors_file() -> int:
@@ -405,7 +407,8 @@ def serve(control: int, life_line: int, module: str, function: str, memory: int)
             children.discard(pid)
         else:
             reply = _fork(orders, files, decoder, memory)
-            children.add(reply)
+            if reply > 0:
+                children.add(reply)
         orders.send(_ORDER.pack(reply))
     for pid in children:
         _end(pid)
@@ -444,9 +447,11 @@ def _fork(
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         requests = socket.socket(fileno=connection)
         decode = functools.partial(decoder, how=_told(requests))
-        while head := requests.recv(_REQUEST.size, socket.MSG_WAITALL):
+        while True:
+            head = _receive(requests, _REQUEST.size)
             os.ftruncate(2, 0)
             _answer(requests, _REQUEST.unpack(head)[0], decode, pixels)
+    except EOFError:  # its starter has gone
         status = 0
     except MemoryError:
         status = _NO_MEMORY
@@ -457,18 +462,16 @@ def _fork(
 
 
 def _told(requests: socket.socket) -> Preprocessing:
-    """What `_Process.tell` has sent; an end of the process where its starter has gone."""
-    head = requests.recv(_REQUEST.size, socket.MSG_WAITALL)
-    if not head:
-        os._exit(0)
-    how = json.loads(requests.recv(_REQUEST.unpack(head)[0], socket.MSG_WAITALL))
+    """What `_Process.tell` has sent."""
+    head = _receive(requests, _REQUEST.size)
+    how = json.loads(_receive(requests, _REQUEST.unpack(head)[0]))
     return Preprocessing(**how | {"formats": tuple(how["formats"])})
 
 
 def _answer(
     requests: socket.socket, size: int, decode: Callable[[bytes], Pixels], shared: np.ndarray
 ) -> None:
-    data = requests.recv(size, socket.MSG_WAITALL) if size else b""
+    data = _receive(requests, size)
     try:
         pixels, width, height = decode(data)
     except ImageError as error:

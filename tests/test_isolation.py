@@ -232,12 +232,25 @@ def test_a_process_killed_during_a_picture_costs_none(start):
         assert answer.result(60)[1:] == (64, 48)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "told"),
-    [(1e-9, (0, 1)), (0.5, (0, 500_000)), (2, (2, 0)), (86400, (86400, 0))],
-)
-def test_no_limit_of_time_is_told_to_the_kernel_as_none(seconds, told):
-    assert isolation._TIMEVAL.unpack(isolation._timeval(seconds)) == told
+def test_a_process_that_is_stopped_and_goes_on_costs_no_picture(start):
+    processes = start()
+    processes.decode(PICTURE)
+    (process,) = processes._idle
+    data = PICTURE + bytes(16 << 20)  # more than the socket holds, so that it stops within it
+
+    def stop_and_go(seconds=2.0):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not answer.done():
+            for order in (signal.SIGSTOP, signal.SIGCONT):
+                os.kill(process.pid, order)
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(5):
+            answer = threads.submit(processes.decode, data)
+            stop_and_go()
+            assert answer.result(60)[1:] == (64, 48)
+    assert processes._idle == [process]
 
 
 def test_a_default_timeout_of_sockets_changes_nothing(start):
