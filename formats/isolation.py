@@ -358,10 +358,8 @@ def _send(connection: socket.socket, head: bytes, body: memoryview) -> None:
 
 def _receive(connection: socket.socket, size: int) -> bytes:
     """The next `size` bytes; EOFError where the other end has closed before."""
-    # All at once, unless a signal comes between (to a process that is stopped and goes on, too) or
-    # the socket has a timeout.
-    received = connection.recv(size, socket.MSG_WAITALL) if size else b""
-    while len(received) < size:
+    received = b""
+    while len(received) < size:  # a signal ends MSG_WAITALL early, being stopped and going on too
         more = connection.recv(size - len(received), socket.MSG_WAITALL)
         if not more:
             raise EOFError
