@@ -5,6 +5,7 @@ Types are one a run, found from a sample; values are made to fit them where noth
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from storage.secrets import hide
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_LONGEST = 300  # characters of a number; a float holds none of more digits
 _TOLD = 60  # characters of a value
 _DESCRIBED: dict[type, str] = {
     bool: "bool",
@@ -61,13 +64,17 @@ def integer(text: str) -> int | str:
 
 
 def numbers(texts: Sequence[Any]) -> list[Any]:
-    """Cells of CSV as integers or floats where all that hold something are, else as they are."""
+    """Cells of CSV as integers or floats where all that hold something are, else as they are.
+
+    As they are, too, where a float would lose digits of a whole number, as of 64-bit hashes.
+    """
     found = [text for text in texts if text]
     if not all(isinstance(text, str) for text in found):
         return list(texts)
     if found and all(_INTEGER.fullmatch(text) for text in found):
         return [int(text) if text else None for text in texts]
-    if found and all(_FLOAT.fullmatch(text) for text in found):
+    read = [_number(text) if len(text) < _LONGEST else None for text in found]
+    if found and all(number is not None and float(number) == number for number in read):
         return [float(text) if text else None for text in texts]
     return list(texts)
 
@@ -145,20 +152,28 @@ def unify(
 ) -> ExampleTypes:
     """The one type of each value that several inputs give. Raises ValueError where there is none.
 
-    What no input has a value of has the type that is `known` of it, else a label is int64 and a
-    column string.
+    What is `known` of an earlier run stands where it holds all that is seen, of which a sample may
+    be narrower; what no input has a value of is else an int64 as a label and a string as a column.
     """
     known = known or ExampleTypes(pa.int64(), {})
     labels = {types.label for types in found} - {pa.null()} or {known.label}
-    label = pa.string() if pa.string() in labels else pa.int64()
+    label = pa.string() if pa.string() in labels | {known.label} else pa.int64()
     unified = {}
     for name in columns:
         kind = pa.null()
         for types in found:
             kind = _wider(name, kind, types.columns.get(name, pa.null()))
-        seen = _no_null(kind)
-        unified[name] = seen if seen == kind else known.columns.get(name, seen)
+        before = known.columns.get(name)
+        unified[name] = before if before and _holds(before, kind) else _no_null(kind)
     return ExampleTypes(label, unified)
+
+
+def _holds(known: pa.DataType, seen: pa.DataType) -> bool:
+    """Whether every value of type `seen` fits into `known` without loss."""
+    try:
+        return _wider("", known, seen) == known
+    except ValueError:
+        return False
 
 
 def _wider(name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
@@ -204,11 +219,13 @@ def fit(value: Any, kind: pa.DataType) -> Any:
         if isinstance(number, int) and -(2**63) <= number < 2**63:
             return int(number)
     elif pa.types.is_floating(kind):
-        if isinstance(value, str) and _FLOAT.fullmatch(value):
-            value = float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            held = float(np.float32(value)) if kind == pa.float32() else float(value)
-            if held == value or value != value:
+        number = _number(value) if isinstance(value, str) else value
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            try:
+                held = float(np.float32(number)) if kind == pa.float32() else float(number)
+            except OverflowError:
+                raise ValueError(value) from None
+            if held == number or number != number:
                 return held
     elif kind != pa.bool_() or isinstance(value, bool):
         try:
@@ -217,6 +234,14 @@ def fit(value: Any, kind: pa.DataType) -> Any:
             raise ValueError(str(error)) from None
         return value
     raise ValueError(value)
+
+
+def _number(text: str) -> int | float | None:
+    """The number that a cell of CSV spells, whole ones exact; None where it spells none."""
+    if not _FLOAT.fullmatch(text):
+        return None
+    number = int(text) if _WHOLE.fullmatch(text) else float(text)
+    return None if number in (math.inf, -math.inf) else number
 
 
 def _text(value: Any) -> str:

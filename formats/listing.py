@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
@@ -56,7 +55,8 @@ def read_entries(stream: BinaryIO, path: str, names: Sequence[str]) -> Iterator[
     as_json = path.lower().endswith(JSON_ENDINGS) or (
         not path.lower().endswith(CSV_ENDINGS) and buffered.peek(1).lstrip()[:1] == b"{"
     )
-    base = path.rpartition("/")[0]
+    folder, slash, _ = path.rpartition("/")
+    base = folder or slash
     lines = cast(BinaryIO, buffered)
     rows = _json_rows(lines) if as_json else _csv_rows(lines, path)
     for index, row in enumerate(rows):
@@ -99,15 +99,24 @@ def resolve(uri: str, base: str) -> str:
         return uri
     scheme, found, rest = base.partition("://")
     if found:
-        bucket, _, folder = rest.partition("/")
-        return f"{scheme}://{bucket}{posixpath.normpath(posixpath.join('/', folder, uri))}"
+        bucket, *names = f"{rest}/{uri}".split("/")
+        steps: list[str] = []  # an empty one is a folder's name there, as any
+        for name in names:
+            if name == "..":
+                del steps[-1:]
+            elif name != ".":
+                steps.append(name)
+        return f"{scheme}://{bucket}/{'/'.join(steps)}"
     return os.path.normpath(os.path.join(base, uri))
 
 
 def _csv_rows(stream: BinaryIO, path: str) -> Iterator[dict[str, Any] | _Wrong]:
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
-    header = next(reader, None)
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"{path}: its header is no CSV ({error})") from None
     if header is None:
         return
     header = [name.strip() for name in header]

@@ -36,7 +36,8 @@ _SAMPLE_BYTES = 512 << 20  # a sample is cut in two rather than hold more than t
 _NUMBERS = ("cls", "cls2", "class", "count", "index", "inx", "id")  # integers in WebDataset too
 _META = re.compile(r"__[^/]*__($|/)")  # members about the tar itself
 _MEMBER = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
-_PAX = re.compile(rb"(\d+) ([^=]+)=")
+_SIZE = re.compile(r"[0-9]{1,20}")
+_PAX = re.compile(rb"(\d{1,20}) ([^=]+)=")
 
 
 def is_tar(head: bytes) -> bool:
@@ -155,6 +156,7 @@ class _Layout:
         self._keys = keys
         self._names = fields.names_of(keys)
         self._max_image_bytes = max_image_bytes
+        self._labelled = False
         default = {DEFAULT_LABEL} if keys.label == DEFAULT_LABEL else set()
         self._texts = {"cls"} if default else set()
         if named := set(self._names) - default:
@@ -180,6 +182,14 @@ class _Layout:
             values = self._values(sample)
         except ValueError as error:
             wrong = ImageError("ColumnType", f"sample {sample.prefix[-100:]!r}: {error}")
+        if broken and wrong is None:  # what lies behind the cut is not there to be read
+            awaited = {*filter(None, (self._keys.id, self._keys.label)), *self._keys.columns}
+            if not self._labelled:
+                awaited -= {DEFAULT_LABEL}
+            if missing := sorted(awaited - values.keys()):
+                told = f"the tar breaks off in its sample, before {', '.join(missing)[:200]}"
+                wrong = ImageError("MissingFeature", told)
+        self._labelled |= DEFAULT_LABEL in values
         images = [m for extension, m in sample.members.items() if self.is_image(extension)]
         for member in images:
             reason = wrong
@@ -305,7 +315,7 @@ def _walk(
             about = {tarfile.GNUTYPE_LONGNAME: "path"}.get(info.type, "other")
         else:
             about = ""
-            if long.get("size", "").isdigit():
+            if _SIZE.fullmatch(long.get("size", "")):
                 size = int(long["size"])
             if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE):
                 size = 0

@@ -21,6 +21,7 @@ _TELLING_WORDS = {"sig", "auth", "oauth", "authorization", "authkey", "key"}  # 
 _MARKED = re.compile(r"\*{3}[0-9a-f]{8}")
 _SECRET_NAME = re.compile(r"secret|token|password|passwd|credential|connection_string", re.I)
 _SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|_KEY|CREDENTIALS?)$", re.IGNORECASE)
+_AS_WRITTEN = "%/:=&?~#+!$,;'@()*[]"  # of an address, besides letters and digits
 _SHORTEST = 6  # characters of a value worth hiding: a shorter one is a part of many words
 
 _known: set[str] = set()
@@ -99,11 +100,15 @@ def _in_environment() -> set[str]:
 
 
 def request(url: str) -> urllib.request.Request:
-    """A request for `url`, its user and password as Basic authorisation, for its own host alone."""
+    """A request for `url`, its user and password as Basic authorisation, for its own host alone.
+
+    Spaces and letters beyond ASCII are escaped, as browsers do; what is escaped already stays.
+    """
     parts = urllib.parse.urlsplit(url)
     user, found, host = parts.netloc.rpartition("@")
+    path, query = (urllib.parse.quote(part, safe=_AS_WRITTEN) for part in (parts.path, parts.query))
     asked = urllib.request.Request(
-        urllib.parse.urlunsplit(parts._replace(netloc=host)),
+        urllib.parse.urlunsplit(parts._replace(netloc=host, path=path, query=query)),
         headers={"User-Agent": "image-features"},
     )
     if found:

@@ -11,12 +11,12 @@ import pytest
 from beams import pipe
 from servers import http_site
 
-from formats import inputs
+from formats import fields, inputs
 from formats.example import ExampleKeys, ExampleTypes
 from formats.inputs import MANIFEST, Source, list_units, survey
 from formats.listing import Entry, infer_types, read_entries, resolve
 from formats.records import Failure, ImageRecord, ImageRef
-from storage import files, steady
+from storage import files, retries
 from transforms.sources import ReadImages, Reading
 from transforms.sources import read_entries as read_unit
 
@@ -25,7 +25,7 @@ HOW = Reading()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
 
 
 def entries(text, path="/d/list.csv", names=()):
@@ -119,6 +119,15 @@ def test_a_csv_without_the_column_is_refused():
         entries("url,label\nx,1\n")
 
 
+@pytest.mark.parametrize("header", ['"uri" ,"label"', '"uri,label'])
+def test_a_header_that_is_no_csv_is_refused(header, tmp_path):
+    with pytest.raises(ValueError, match=r"/d/list.csv: its header is no CSV \("):
+        entries(f"{header}\nx,1\n")
+    path = write(tmp_path / "l.csv", f"{header}\nx,1\n")  # beside others it is one failure
+    (failure,) = read(path)
+    assert (failure.key, failure.error_class) == (path, "NoManifest")
+
+
 def test_an_empty_manifest():
     assert entries("") == entries("", "/d/l.jsonl") == entries("uri\n") == []
 
@@ -132,6 +141,9 @@ def test_an_empty_manifest():
         ("file:///abs/a.jpg", "/d", "/abs/a.jpg"),
         ("a/b.jpg", "gs://bucket/lists", "gs://bucket/lists/a/b.jpg"),
         ("../a.jpg", "s3://bucket/lists/x", "s3://bucket/lists/a.jpg"),
+        ("../../../a/./b.jpg", "s3://bucket/lists", "s3://bucket/a/b.jpg"),
+        ("x.jpg", "gs://bucket/a/", "gs://bucket/a//x.jpg"),  # of gs://bucket/a//list.csv
+        ("x.jpg", "/", "/x.jpg"),
         ("a.jpg", "s3://bucket", "s3://bucket/a.jpg"),
         ("https://h/a?b=c", "/d", "https://h/a?b=c"),
         ("gs://other/a", "s3://b", "gs://other/a"),
@@ -168,6 +180,21 @@ def test_cells_are_numbers_where_all_are():
     assert list(found.columns.values()) == [pa.int64(), pa.float64(), pa.string(), pa.string()]
     assert types(text, label="s").label == pa.string()
     assert types(text, label="e").label == pa.null()
+
+
+def test_whole_numbers_keep_every_digit():
+    """As 64-bit hashes have, which a float would round."""
+    exact, beyond = "12345678901234567890", "9007199254740993"
+    text = f"uri,hash,big,f\na,{exact},0.5,1e999\nb,2,9007199254740992,2\n"
+    found = types(text, columns=("hash", "big", "f"))
+    assert list(found.columns.values()) == [pa.string(), pa.float64(), pa.string()]
+    assert fields.fit(exact, pa.string()) == exact
+    assert fields.fit("9007199254740992", pa.float64()) == 2.0**53
+    for lost in (beyond, exact, "1e999", "9" * 400, "9" * 5000):
+        with pytest.raises(ValueError):
+            fields.fit(lost, pa.float64())
+    with pytest.raises(ValueError):
+        fields.fit(10**400, pa.float64())  # which JSON may spell
 
 
 def test_types_of_json():

@@ -20,7 +20,7 @@ from formats.listing import shown
 from models.export import write_archive
 from pipeline import graph, preflight
 from pipeline.options import parse
-from storage import files, secrets, web
+from storage import files, retries, secrets, web
 
 PLANTED = "pl4nted-s3cret"
 
@@ -107,6 +107,18 @@ def test_user_and_password_of_an_address_are_sent_to_its_host_alone():
         word = base64.b64encode(f"me:{PLANTED}@".encode()).decode()
         assert [headers["Authorization"] for headers in site.headers] == [f"Basic {word}"] * 2
         assert [headers["Authorization"] for headers in other.headers] == [None]
+
+
+def test_addresses_are_asked_for_as_browsers_do(monkeypatch):
+    waited = []
+    monkeypatch.setattr(retries.time, "sleep", waited.append)
+    with servers.http_site() as site:
+        site.give("/%C3%A9t%C3%A9%201.jpg?q=a%20b&c=%2F", b"picture")
+        for written in ("/été 1.jpg?q=a b&c=%2F", "/%C3%A9t%C3%A9%201.jpg?q=a%20b&c=%2F"):
+            assert web.read_url(site.address + written, 100) == b"picture"
+    with pytest.raises(OSError, match="http://a:b/c.jpg: nonnumeric port"):
+        web.read_url("http://a:b/c.jpg", 100)
+    assert waited == []  # another try would change nothing
 
 
 # --- a job with credentials in every place that takes any ---------------------------------------

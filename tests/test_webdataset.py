@@ -237,6 +237,53 @@ def test_a_wrong_header_ends_the_tar():
     ]
 
 
+@pytest.mark.parametrize(
+    ("keys", "last"),
+    [
+        (ExampleKeys(label=None), b"picture 1"),
+        (ExampleKeys(id="name", label=None), "MissingFeature"),
+        (ExampleKeys(label=None, columns=("txt",)), "MissingFeature"),
+        (ExampleKeys(label="kind"), "MissingFeature"),
+        (KEYS, b"picture 1"),  # no sample of this tar has a label
+    ],
+)
+def test_a_picture_that_lost_what_lay_behind_it_is_no_whole_one(keys, last):
+    """img2dataset writes jpg, json, txt; without id or columns the row could never be mended."""
+    members = [
+        (f"{n:04}.{extension}", data)
+        for n in range(3)
+        for extension, data in (
+            ("jpg", b"picture %d" % n),
+            ("json", json.dumps({"name": f"id {n}", "kind": "cat"}).encode()),
+            ("txt", b"words"),
+        )
+    ]
+    data = tar(*members)
+    at = offsets(data)[4]  # the second picture's json
+    (first, second, damage) = shape(read(data[:at], keys))
+    assert first == (0, b"picture 0")
+    assert second == (1, last)
+    assert damage == (at, 2, "MissingEnd")
+
+
+def test_a_label_that_lay_behind_the_cut_is_missed_where_others_have_one():
+    labelled = [(f"{n}.{e}", b"7") for n in range(2) for e in ("jpg", "zzz", "cls")]
+    data = tar(*labelled)
+    at = offsets(data)[4]
+    assert shape(read(data[:at])) == [(0, b"7"), (1, "MissingFeature"), (at, 2, "MissingEnd")]
+
+
+def test_numbers_of_absurd_length_in_an_extended_header_raise_nothing():
+    member = tarfile.TarInfo("a.jpg")
+    for size in ("9" * 5000, "²"):
+        member.pax_headers = {"size": size}
+        read(tar((member, b"picture"), format=tarfile.PAX_FORMAT))
+    data = bytearray(tar((member, b"picture"), format=tarfile.PAX_FORMAT))
+    assert data[512:513].isdigit()  # the record's length
+    data[512:512] = b"9" * 5000
+    read(bytes(data))
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_tar_that_is_cut_anywhere_says_so(known):
     """At every byte: what lies whole before the cut is read, and exactly one damage is told."""
