@@ -26,8 +26,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from formats import dataset, table
-from formats.dataset import PartFile, PartWriter, Publication
+from formats import dataset, resuming, table
+from formats.dataset import Publication
+from formats.manifest import read_manifest
+from formats.parts import PartFile, PartWriter
 from formats.table import TableSpec
 
 RECORDS = 10_000  # in one container
@@ -37,7 +39,7 @@ TOLD = "_parts"  # what the commit is told, which on an engine flows through the
 ROWS = {"model": "m"}
 SPEC = TableSpec(
     {"embedding": 2},
-    metadata=table.metadata_text({"model_fingerprint": "m", dataset.ROW_META: ROWS}),
+    metadata=table.metadata_text({"model_fingerprint": "m", resuming.ROW_META: ROWS}),
 )
 
 
@@ -133,7 +135,7 @@ def phase_resume(output: str, rows: int, a_file: int, ids: bool) -> None:
     from transforms.sources import Finished
 
     def work() -> None:
-        found = dataset.resume(output, dataset.read_manifest(output), ROWS)
+        found = resuming.resume(output, read_manifest(output), ROWS)
         Finished.write(f"{output}/_run-r2.finished", found.finished)
         assert len(found.kept) == -(-rows // a_file)
 

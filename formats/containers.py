@@ -12,7 +12,8 @@ from formats.fields import Found
 from formats.records import Failure, ImageRecord
 from formats.tfrecord import Damage, Record
 from storage.files import FileInfo
-from storage.steady import SteadyStream, ignore
+from storage.retries import ignore
+from storage.steady import SteadyStream
 
 TFRECORD, PARQUET, WEBDATASET = "tfrecord", "parquet", "webdataset"
 CONTAINERS = (TFRECORD, PARQUET, WEBDATASET)

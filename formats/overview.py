@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from formats import dataset
-from formats.dataset import FAILURES, FEATURES
+from formats.parts import FAILURES, FEATURES, open_part
 
 _VECTORS = ("embedding", "logits")
 _SHOWN = ("key", "sha256", "width", "height", "label", "top_classes", "top_labels")
@@ -115,7 +114,7 @@ def _chosen(total: int, most: int) -> list[int]:
 def _rows(output: str, path: str, wanted: np.ndarray) -> Iterator[pa.Table]:
     """The rows `wanted` (sorted) of one file, what the report shows of them."""
     start = 0
-    with dataset.open_part(output, path) as part:
+    with open_part(output, path) as part:
         shown = [name for name in part.schema_arrow.names if name in (*_SHOWN, *_VECTORS)]
         for group in range(part.num_row_groups):
             end = start + part.metadata.row_group(group).num_rows
@@ -210,7 +209,7 @@ def _examples(
     for at in _evenly(len(paths), _FILES):
         if all(len(found.get(name, ())) == min(n, _EXAMPLES) for name, n in reasons.items()):
             break
-        with dataset.open_part(output, paths[at]) as part:
+        with open_part(output, paths[at]) as part:
             _gather(part, found)
     return found
 

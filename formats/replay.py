@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from formats import dataset
-from formats.dataset import FAILURES, FEATURES
+from formats.manifest import read_manifest
+from formats.parts import FAILURES, FEATURES, open_part
 from storage import files
 from storage.errors import RequestError
 
@@ -32,7 +32,7 @@ class Failed:
 
 def manifest_of(output: str) -> Mapping[str, Any]:
     """The manifest of the output whose failures are asked for. Raises RequestError."""
-    manifest = dataset.read_manifest(output)
+    manifest = read_manifest(output)
     if manifest is None:
         raise RequestError(
             f"--input {output}: no output of this program (it has no manifest.json); "
@@ -82,7 +82,7 @@ def _rows(
     for entry in manifest["files"]:
         if not entry["path"].startswith(f"{kind}/"):
             continue
-        with dataset.open_part(output, entry["path"]) as part:
+        with open_part(output, entry["path"]) as part:
             for batch in part.iter_batches(columns=list(columns)):
                 yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 

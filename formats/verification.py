@@ -11,9 +11,10 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from formats import dataset, table
-from formats.dataset import FAILURES, FEATURES, PartFile
+from formats import table
 from formats.digests import key_digest, repeated_rows
+from formats.manifest import check_version
+from formats.parts import FAILURES, FEATURES, PartFile, open_part, sha256_of
 from formats.records import MESSAGE_LIMIT, one_line
 from storage import files
 from storage.errors import RequestError
@@ -78,7 +79,7 @@ def _manifest(output: str, problem: Tell) -> dict[str, Any] | None:
             raise RequestError(f"{path}: not a manifest ({error})") from None
         problem(f"manifest.json: cannot be read as JSON ({error})")
         return None
-    dataset.check_version(path, manifest)
+    check_version(path, manifest)
     wrong = _wrong_shape(manifest)
     if wrong:
         problem(f"manifest.json: {wrong}")
@@ -154,7 +155,7 @@ class _Check:
         rows, keys = 0, bytearray()
         reasons: Counter[str] = Counter()
         try:
-            with dataset.open_part(self._output, path) as part:
+            with open_part(self._output, path) as part:
                 self._schema(path, part.schema_arrow)
                 for batch in part.iter_batches(_ROWS, use_threads=False):
                     self._batch(path, batch, rows, reasons)
@@ -169,7 +170,7 @@ class _Check:
 
     def _digest(self, path: str) -> tuple[int, str]:
         size = files.size_of(files.join(self._output, path))
-        return size, dataset.sha256_of(self._output, path, size)
+        return size, sha256_of(self._output, path, size)
 
     def _schema(self, path: str, schema: pa.Schema) -> None:
         kind = path.partition("/")[0]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from models.archives import ArchiveError, unpack
 from models.catalog import HUB_MODELS, NETWORKS
-from storage import files, secrets
+from storage import files, secrets, temporaries
 from storage.errors import RequestError
 
 SAVED_MODEL, HUB_V1, PREPARED = "saved_model", "hub_v1", "prepared"
@@ -151,7 +151,7 @@ def _scratch() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            scratch = stack.enter_context(files.scratch(cache, ".tmp-"))
+            scratch = stack.enter_context(temporaries.scratch(cache, ".tmp-"))
         except OSError as error:
             raise RequestError(
                 f"--model: cannot be kept in {cache} ({error}); set IMAGE_FEATURES_CACHE to a "

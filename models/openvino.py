@@ -10,7 +10,7 @@ import numpy as np
 
 from models.freezing import ModelError
 from models.graphs import Graph
-from storage import files
+from storage import temporaries
 from storage.imports import without
 
 
@@ -50,7 +50,7 @@ class _Engine:
         }
         self._lock = threading.Lock()
         self._compiled: dict[int, Any] = {}
-        with files.scratch() as folder:
+        with temporaries.scratch() as folder:
             path = folder / "graph.pb"
             path.write_bytes(graph.to_def(graph.weights).SerializeToString())
             graph.weights.clear()

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import extract
 from pipeline import options as flags
-from storage import files
+from storage import files, temporaries
 from storage.errors import RequestError
 from storage.stdio import tell_error
 
@@ -62,7 +62,7 @@ def write_photographs(folder: Path) -> tuple[Path, Path]:
     if folder.exists():
         return records, pictures
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch(folder.parent, f"{folder.name}.") as scratch:
+    with temporaries.scratch(folder.parent, f"{folder.name}.") as scratch:
         whole = scratch / "whole"
         for name in (records.name, pictures.name):
             (whole / name).mkdir(parents=True)

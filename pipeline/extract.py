@@ -26,7 +26,6 @@ from storage import imports, stdio
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
 
-_RESUME = "--if_exists resume goes on from here"
 # Beam imports them for sources and sinks that no job of ours has: a third of a second of a start.
 _UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub")
 
@@ -105,13 +104,13 @@ def _interrupted(stderr: int, number: int, frame: FrameType | None) -> None:
     `stderr` is told: what 2 was at first, for an import of TensorFlow holds back what goes there.
     """
     # An import here could wait for, or find half done, the one that the signal broke into.
-    files = sys.modules.get("storage.files")
-    if files is not None and hasattr(files, "NewFile"):
-        files.NewFile.abandon_all(for_good=True)
+    temporaries = sys.modules.get("storage.temporaries")
+    if temporaries is not None and hasattr(temporaries, "abandon_all"):
+        temporaries.abandon_all(for_good=True)
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # Ctrl-C ends `2>&1 | tee log` too, and with it the reader
-        told = getattr(sys.modules.get("pipeline.job"), "left_behind", None) or _RESUME
-        os.write(stderr, f"interrupted by {name}; {told}\n".encode())
+        told = getattr(sys.modules.get("pipeline.job"), "left_behind", None)
+        os.write(stderr, f"interrupted by {name}{f'; {told}' if told else ''}\n".encode())
     _leave(128 + number)  # threads of the runner would hold a gentler exit back
 
 

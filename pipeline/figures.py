@@ -92,12 +92,12 @@ PAGE_OBJECTS = Figure(1000, "objects", "both services' largest page; seen: tests
 PAGE_SECONDS = Figure(0.1, "s", "ASSUMED: a page of a listing, one after the other")
 REQUEST_SECONDS = Figure(0.05, "s", "ASSUMED: a small request, one after the other")
 RESUME_REQUESTS = Figure(
-    10.9, "requests/file", "counted on gs://: dataset.resume of 20 files, 4.4, and its commit"
+    10.9, "requests/file", "counted on gs://: resuming.resume of 20 files, 4.4, and its commit"
 )
 S3_RESUME_REQUESTS = Figure(
-    8.0, "requests/file", "counted on s3://: dataset.resume of 20 files, 3.2, and its commit"
+    8.0, "requests/file", "counted on s3://: resuming.resume of 20 files, 3.2, and its commit"
 )
-RESUME_READERS = Figure(16, "files", "formats/dataset.py: read at once")
+RESUME_READERS = Figure(16, "files", "formats/parts.py: read at once")
 READS_AN_OBJECT = Figure(2, "requests", "seen at gs:// and s3://: metadata, then the bytes")
 FILE_BYTES = Figure(256 << 20, "bytes", "transforms/sink.py: where a file is closed")
 FILE_SECONDS = Figure(60, "s", "transforms/sink.py: when a file is closed")

@@ -22,7 +22,7 @@ from transforms.sink import CountRows, Publish, WriteFailures, WriteFeatures
 from transforms.sources import ReadImages, Reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that is decided before the graph is built; `started` in seconds since 1970.
 

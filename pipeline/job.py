@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from formats import dataset, isolation
+from formats.manifest import read_manifest
 from formats.timing import advice
 from models import prepared
 from pipeline import dataflow, portable, preflight
 from pipeline.options import Options
-from storage import files, stdio
+from storage import files, stdio, temporaries
 from storage.errors import RequestError, RunError
 from storage.secrets import hide
 
@@ -31,21 +32,24 @@ COUNTED = "counted"  # --sink null
 SUBMITTED = "submitted"  # handed to a service, and not waited for
 EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, SUBMITTED: 0, FAILED: 1, TOO_MANY: 3}
 COUNTS = ("images", "features", "failures", "skipped")
-_AWAY = (
-    "the job may go on where it runs: cancel it there, or let it end, and give --if_exists resume "
-    "after that only"
-)
+_AWAY = "the job may go on where it runs: cancel it there, or let it end; after that only "
+_RESUME = "--if_exists resume goes on from here"
+# What such a run has written lies beside the old rows, of which resuming would keep those.
+_OVERWRITE = "run it again with --if_exists overwrite; the old output stands"
 _THROWN = re.compile(r"^(?:[\w.]+[.])?(\w*(?:Error|Exception|Exit|Interrupt|Memory)): *(.+)$", re.M)
-left_behind: str | None = None  # what is to be said of a run that does not end with this process
+left_behind = _RESUME  # what is to be said of a run that ends before its time
 
 log = logging.getLogger("pipeline")
 
 
 def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     """Run the job; returns what the JSON line tells. Raises RequestError before any work."""
+    global left_behind
+    left_behind = _OVERWRITE if options.if_exists == "overwrite" else _RESUME
     try:
         return _run(options, beam_args)
     finally:
+        left_behind = _RESUME
         isolation.drop_ahead()
         prepared.drop_ahead()
 
@@ -70,7 +74,8 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     global left_behind
     waited = dataflow.is_waited_for(beam_args)
     away = dataflow.is_dataflow(beam_args) or portable.goes_on(beam_args)
-    left_behind = _AWAY if away else None
+    if away:
+        left_behind = _AWAY + left_behind
     ended = False
     try:
         with contextlib.nullcontext() if options.quiet else progress.told(options.stop_after):
@@ -80,7 +85,7 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
                 return submitted(None, run_id, started)
             status, counts = counted(result, options)
             if status == TOO_MANY:
-                _tell_of_failures(options.max_failure_rate, counts, counts["failures_by"])
+                _tell_of_failures(options, counts, counts["failures_by"])
             return summary(None, status, counts, started)
         verdict = dataset.read_verdict(plan.publication.output, run_id)
         ended = verdict is not None
@@ -91,17 +96,16 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
         with contextlib.suppress(OSError):  # of a store that is gone: the verdict stands
             if verdict["status"] != COMPLETE:
                 folder = files.join(plan.publication.output, "_failed", run_id)
-                manifest = dataset.read_manifest(folder)
+                manifest = read_manifest(folder)
                 reasons = manifest["failures_by"] if manifest else {}
-                _tell_of_failures(options.max_failure_rate, verdict["run"], reasons, folder)
+                _tell_of_failures(options, verdict["run"], reasons, folder)
             elif not options.quiet:
                 _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
     except Exception as error:
-        told = None if _is_verdict(error) else left_behind
+        told = left_behind if away and not _is_verdict(error) else None
         return failed(plan.publication.output, error, started, told)
     finally:
-        left_behind = None
         # Else the job may read it yet, here or there, and its commit removes it.
         if plan.finished and (ended or preflight.runs_here(beam_args)):
             try:
@@ -114,32 +118,39 @@ def failed(
     output: str | None, error: BaseException, started: float, more: str | None = None
 ) -> dict[str, Any]:
     """The JSON line of a run that `error` ended, which is logged, with what `more` there is."""
-    files.NewFile.abandon_all()  # a runner need not tear down the bundle that failed
+    temporaries.abandon_all()  # a runner need not tear down the bundle that failed
     log.error("%s", "; ".join(filter(None, (failure_line(error), more))))
     return summary(output, FAILED, None, started)
 
 
 def _advise(output: str) -> None:
     """Log where the time went and what would mend it."""
-    manifest = dataset.read_manifest(output)
+    manifest = read_manifest(output)
     line = advice(manifest["timing"]) if manifest else None
     if line:
         log.info("%s", line)
 
 
 def _tell_of_failures(
-    allowed: float, counts: Mapping[str, int], reasons: Mapping[str, int], folder: str | None = None
+    options: Options,
+    counts: Mapping[str, int],
+    reasons: Mapping[str, int],
+    folder: str | None = None,
 ) -> None:
     """Log why nothing was published, and what to do about it; `folder` tells of each image."""
+    published = f", so nothing was published; each is told of in {folder}" if folder else ""
+    # The failures lie in the output, which is no empty one any more.
+    again = ", with --if_exists resume" if folder and options.if_exists == "error" else ""
     often = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common(3))
     log.error(
         "%d of %d images failed (%s), more than --max_failure_rate %g allows%s; mend the input, or "
-        "give a larger --max_failure_rate",
+        "give a larger --max_failure_rate%s",
         counts["failures"],
         counts["images"] - counts["skipped"],
         often,
-        allowed,
-        f", so nothing was published; each is told of in {folder}" if folder else "",
+        options.max_failure_rate,
+        published,
+        again,
     )
 
 
@@ -156,7 +167,7 @@ def run_graph(plan: Plan, beam_args: Sequence[str]) -> Any:
     standard = beam_options.view_as(StandardOptions)
     standard.runner = preflight.runner_of(standard.runner)
     with beam.Pipeline(options=beam_options) as pipeline:
-        files.NewFile.track(pipeline.local_tempdir)  # an interrupted run takes it along
+        temporaries.track(pipeline.local_tempdir)  # an interrupted run takes it along
         graph.build(pipeline, plan)
     return pipeline.result
 
@@ -188,7 +199,8 @@ def counted(result: Any, options: Options) -> tuple[str, dict[str, Any]]:
 
 def _is_verdict(error: BaseException) -> bool:
     """Whether `error` tells that the job has ended; any other is of the way to it."""
-    return isinstance(error, RunError) or "failed in state" in str(error)
+    told = ("failed in state", "pipeline failed. State:")  # job servers, Dataflow
+    return isinstance(error, RunError) or any(words in str(error) for words in told)
 
 
 def failure_line(error: BaseException) -> str:

@@ -9,26 +9,27 @@ import importlib.metadata
 import io
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from formats import dataset, example, inputs
+from formats import dataset, example, inputs, resuming
 from formats.dataset import Publication
 from formats.image import Preprocessing
 from formats.isolation import Limits, shared_processes, start_ahead
+from formats.manifest import replaceable_manifest
 from formats.records import DecodedImage, Features, ImageRecord
 from formats.table import TableSpec, metadata_text, utf8
 from models import handles, prepared
 from pipeline import __version__, dataflow, portable
 from pipeline.options import Options
-from storage import files, imports, reach
+from storage import files, imports, reach, temporaries
 from storage.errors import RequestError
 from storage.secrets import hide
 
 if TYPE_CHECKING:
-    from models.loading import ModelInfo
+    from models.loading import LoadSpec, ModelInfo
     from pipeline.graph import Plan
 
 VERSIONED = ("apache-beam", "tensorflow", "pillow", "pyarrow", "numpy")
@@ -45,35 +46,9 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     """All decisions of a run, cheap checks first. Raises RequestError; leaves no trace."""
     writes = options.sink != "null"
     output = files.absolute(options.output) if writes else ""
-    stored = [*options.input, *filter(None, [output, options.class_names])]
-    if not handles.archive_url(options.model):
-        stored.append(options.model)
-    stored = list(map(files.absolute, stored))
     warnings: list[str] = []  # told when nothing stands in the way: what does has a line of its own
-    if any(map(files.is_remote, stored)) or beam_args:
-        _check_beam_flags(options, beam_args)
-        files.configure_stores(beam_args)
-    workers = None
-    if beam_args and dataflow.is_dataflow(beam_args):
-        workers = dataflow.workers(options, beam_args)
-        if dataflow.unbounded(beam_args):
-            warnings.append("--max_num_workers is not given: the service's own bound is thousands")
-    elif options.gpu:
-        raise RequestError(
-            f"--gpu {options.gpu}: asks Dataflow for one, and only it; other runners use the GPU "
-            "that their workers have; leave it out"
-        )
-    if (options.input_format, options.if_exists) == ("failures", "overwrite"):
-        tried_again = {os.path.realpath(files.absolute(path)) for path in options.input}
-        if os.path.realpath(output) in tried_again:
-            raise RequestError(
-                f"--if_exists overwrite: would leave of {output} nothing but what failed there and "
-                "is tried again; give --if_exists resume --retry_failures, which keeps the rest, "
-                "or another --output"
-            )
-    stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
-    for path in stores.values():
-        reach.check(path)
+    _check_tried_again(options, output)
+    workers = _reach_stores(options, beam_args, output, warnings)
     before = _check_output(output, options.if_exists, warnings) if writes else None
     directory = handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
@@ -83,7 +58,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     warnings += doubts
     there = None  # the schema of rows beside which the run's will stand
     if options.if_exists == "resume":
-        there = dataset.features_schema(output, before)
+        there = resuming.features_schema(output, before)
     keys = example.ExampleKeys(
         options.image_key, options.id_key, options.label_key or None, _as_in(there, options.columns)
     )
@@ -98,40 +73,13 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         prepared.read_ahead(directory)
 
     with imports.uncollected():
-        from models.loading import (
-            BFLOAT16,
-            Hints,
-            LoadSpec,
-            default_batch_size,
-            default_copies,
-            has_gpu,
-            load,
-        )
+        from models.loading import default_batch_size, has_gpu
         from pipeline.graph import Plan
         from transforms.sources import Finished, Reading
 
     on_gpu = workers.gpu if workers else has_gpu(options.engine)
-    handle = options.model
-    spec = LoadSpec(
-        handle if handles.archive_url(handle) else files.absolute(handle),
-        options.outputs,
-        options.model_sha256,
-        Hints(options.image_size, options.value_range),
-        options.allow_unsafe_ops,
-        options.precision,
-        options.inference_threads or _copies(workers) or default_copies(on_gpu),
-        options.engine,
-    )
-    if options.precision == "bfloat16" and not BFLOAT16 and not workers:
-        warnings.append(
-            "--precision bfloat16: this CPU has none (no AVX-512), so the layers stay in float32: "
-            "no faster, and no further from it"
-        )
-    # What another machine will run is only looked at here.
-    info = load(dataclasses.replace(spec, copies=1) if workers else spec).info
+    spec, info = _load(options, workers, on_gpu, warnings)
     _check_classes(options, info, names)
-    if options.top_k and options.outputs:
-        spec = dataclasses.replace(spec, outputs=tuple(sorted({*options.outputs, "logits"})))
     preprocessing = Preprocessing(
         info.image_size,
         options.fit,
@@ -140,26 +88,204 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         options.formats,
         options.max_image_pixels,
     )
-    pixels = {**preprocessing.describe(), "value_range": list(info.value_range)}
-    model = {
-        "handle": hide(options.model),
-        "format": info.format,
-        "fingerprint": info.fingerprint,
-        "image_size": info.image_size,
-        "outputs": dict(info.outputs),
-    }
     written = {
         name: info.outputs[name] for name in _as_in(there, options.outputs or tuple(info.outputs))
     }
-    vectors = {
-        name: {"dtype": options.embedding_dtype, "width": width} for name, width in written.items()
-    }
-    rows = {
-        "model": info.fingerprint,
-        "preprocessing": pixels,
+    provenance = _provenance(options, info, preprocessing, written)
+    rows = _deciding(options, provenance, names, types)
+    metadata = metadata_text({**provenance, "run_id": run_id, resuming.ROW_META: rows})
+    table = _table(options, written, names, types, metadata)
+    resumed = resuming.Resumed()
+    if options.if_exists == "resume":
+        retry: Iterable[str] | None = None
+        if options.retry_failures:  # a limit may end the run anywhere in a file
+            retry = () if options.limit else inputs.read_whole(sources, output)
+        resumed = resuming.resume(output, before, rows, retry)
+    finished = None
+    if resumed.finished and not options.dry_run:
+        finished = files.join(output, dataset.finished_name(run_id))
+        Finished.write(finished, resumed.finished)
+        if not files.is_remote(finished) and runs_here(beam_args):
+            temporaries.track(finished)  # an interrupted run takes it along
+    for warning in warnings:
+        log.warning("%s", utf8(hide(warning)))  # not all that takes logs can take other text
+    return Plan(
+        sources=tuple(sources),
+        reading=Reading(
+            keys=keys,
+            types=types,
+            max_image_bytes=options.max_image_bytes,
+            on_damage=options.on_damage,
+            allow_http=options.allow_http,
+            counts={**resumed.counts, **inputs.known_counts(sources)},
+        ),
+        limit=options.limit,
+        finished=finished,
+        preprocessing=preprocessing,
+        isolation=isolation,
+        model=spec,
+        fingerprint=info.fingerprint,
+        batch_size=options.batch_size
+        or default_batch_size(info.image_size, options.precision, on_gpu),
+        table=table,
+        rows_per_file=options.rows_per_file,
+        metadata=metadata,
+        publication=Publication(
+            output=output,
+            run_id=run_id,
+            if_exists=options.if_exists,
+            replaces=before["run_id"] if before else None,
+            max_failure_rate=options.max_failure_rate,
+            compression=options.compression,
+            described={
+                "options": options.described(),
+                "model": {
+                    "handle": provenance["model_handle"],
+                    "format": info.format,
+                    "fingerprint": info.fingerprint,
+                    "image_size": info.image_size,
+                    "outputs": dict(info.outputs),
+                },
+                "preprocessing": provenance["preprocessing"],
+                "versions": provenance["versions"],
+                "warnings": [hide(warning) for warning in warnings],
+            },
+            kept=resumed.kept,
+            retried=resumed.retried,
+            reread=resumed.reread,
+            # The launcher may have left by then, and with it whoever else would remove this.
+            retired=(
+                *resumed.retired,
+                *([os.path.basename(finished)] if finished and workers else []),
+            ),
+        ),
+        started=started,
+        sink=options.sink,
+        stop_after=options.stop_after,
+        accelerator=dataflow.accelerator(options.gpu),
+    )
+
+
+def _check_tried_again(options: Options, output: str) -> None:
+    if (options.input_format, options.if_exists) != ("failures", "overwrite"):
+        return
+    tried_again = {os.path.realpath(files.absolute(path)) for path in options.input}
+    if os.path.realpath(output) in tried_again:
+        raise RequestError(
+            f"--if_exists overwrite: would leave of {output} nothing but what failed there and "
+            "is tried again; give --if_exists resume --retry_failures, which keeps the rest, "
+            "or another --output"
+        )
+
+
+def _reach_stores(
+    options: Options, beam_args: Sequence[str], output: str, warnings: list[str]
+) -> dataflow.Workers | None:
+    """Hold Beam's flags against `options`, and see that every store answers that the run needs.
+
+    What is known of the workers of Dataflow, None where others run the steps.
+    """
+    stored = [*options.input, *filter(None, [output, options.class_names])]
+    if not handles.archive_url(options.model):
+        stored.append(options.model)
+    stored = list(map(files.absolute, stored))
+    if any(map(files.is_remote, stored)) or beam_args:
+        _check_beam_flags(options, beam_args)
+        files.configure_stores(beam_args)
+    workers = None
+    if beam_args and dataflow.is_dataflow(beam_args):
+        workers = dataflow.workers(options, beam_args)
+        if dataflow.unbounded(beam_args):
+            warnings.append("--max_num_workers is not given: the service's own bound is thousands")
+        if options.engine == "openvino":
+            warnings.append(
+                "--engine openvino: every worker needs it, or all bundles fail; the image must "
+                "have been built with --build-arg LOCK=openvino (deploy/README.md)"
+            )
+    elif options.gpu:
+        raise RequestError(
+            f"--gpu {options.gpu}: asks Dataflow for one, and only it; other runners use the GPU "
+            "that their workers have; leave it out"
+        )
+    stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
+    for path in stores.values():
+        reach.check(path)
+    if beam_args and portable.goes_on(beam_args) and options.inference_threads is None:
+        warnings.append(
+            "--inference_threads is not given: workers elsewhere run as many batches at once as "
+            "suits this machine; give the cores of one of them"
+        )
+    return workers
+
+
+def _load(
+    options: Options, workers: dataflow.Workers | None, on_gpu: bool, warnings: list[str]
+) -> tuple[LoadSpec, ModelInfo]:
+    """What each worker will load, and what is known of it since it was loaded here."""
+    from models.loading import BFLOAT16, Hints, LoadSpec, ModelError, default_copies, load
+
+    handle = options.model
+    spec = LoadSpec(
+        handle=handle if handles.archive_url(handle) else files.absolute(handle),
+        outputs=options.outputs,
+        sha256=options.model_sha256,
+        hints=Hints(options.image_size, options.value_range),
+        allow_unsafe_ops=options.allow_unsafe_ops,
+        precision=options.precision,
+        copies=options.inference_threads or _copies(workers) or default_copies(on_gpu),
+        engine=options.engine,
+    )
+    if options.precision == "bfloat16" and not BFLOAT16 and not workers:
+        warnings.append(
+            "--precision bfloat16: this CPU has none that is faster (neither AMX nor AMD's "
+            "AVX-512 BF16), so the layers stay in float32"
+        )
+    if options.top_k and options.outputs:
+        spec = dataclasses.replace(spec, outputs=tuple(sorted({*options.outputs, "logits"})))
+    try:
+        # What another machine will run is only looked at here.
+        return spec, load(dataclasses.replace(spec, copies=1) if workers else spec).info
+    except ModelError:
+        if spec.outputs == tuple(sorted(options.outputs)):
+            raise
+        # Without logits `_check_classes` has the better words.
+        return spec, load(dataclasses.replace(spec, outputs=options.outputs, copies=1)).info
+
+
+def _provenance(
+    options: Options, info: ModelInfo, preprocessing: Preprocessing, written: Mapping[str, int]
+) -> dict[str, Any]:
+    """What every file of the run tells of how it was made, besides the run."""
+    versioned = (*VERSIONED, *([options.engine] if options.engine not in VERSIONED else []))
+    versions = {name: importlib.metadata.version(name) for name in versioned}
+    versions["image-features"] = __version__  # a Flex Template's launcher installs no project
+    return {
+        "model_handle": hide(options.model),
+        "model_fingerprint": info.fingerprint,
+        "preprocessing": {**preprocessing.describe(), "value_range": list(info.value_range)},
+        "vectors": {
+            name: {"dtype": options.embedding_dtype, "width": width}
+            for name, width in written.items()
+        },
         "precision": options.precision,
         "engine": options.engine,
-        "vectors": vectors,
+        "versions": versions,
+    }
+
+
+def _deciding(
+    options: Options,
+    provenance: Mapping[str, Any],
+    names: Sequence[str],
+    types: example.ExampleTypes,
+) -> dict[str, Any]:
+    """All that decides what a row holds: rows stand beside each other only where this is the same.
+
+    See `formats.resuming`.
+    """
+    return {
+        "model": provenance["model_fingerprint"],
+        **{name: provenance[name] for name in ("preprocessing", "precision", "engine", "vectors")},
         "vector_type": options.vector_type,
         "top_k": options.top_k,
         "class_names": list(names),
@@ -167,95 +293,30 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         "label": str(types.label),
         "columns": {name: str(kind) for name, kind in types.columns.items()},
     }
-    versioned = (*VERSIONED, *([options.engine] if options.engine not in VERSIONED else []))
-    versions = {name: importlib.metadata.version(name) for name in versioned}
-    versions["image-features"] = __version__  # a Flex Template's launcher installs no project
-    metadata = metadata_text(
-        {
-            "model_handle": hide(options.model),
-            "model_fingerprint": info.fingerprint,
-            "preprocessing": pixels,
-            "vectors": vectors,
-            "precision": options.precision,
-            "engine": options.engine,
-            "run_id": run_id,
-            "versions": versions,
-            dataset.ROW_META: rows,
-        }
+
+
+def _table(
+    options: Options,
+    written: Mapping[str, int],
+    names: tuple[str, ...],
+    types: example.ExampleTypes,
+    metadata: Mapping[str, str],
+) -> TableSpec:
+    table = TableSpec(
+        widths=written,
+        dtype=options.embedding_dtype,
+        vector_type=options.vector_type,
+        top_k=options.top_k,
+        class_names=names,
+        label=types.label,
+        columns=types.columns,
+        metadata=metadata,
     )
     try:
-        table = TableSpec(
-            written,
-            options.embedding_dtype,
-            options.vector_type,
-            options.top_k,
-            names,
-            types.label,
-            types.columns,
-            metadata,
-        )
         table.schema()
     except ValueError as error:
         raise RequestError(f"--columns: {error}") from None
-    resumed = dataset.Resumed()
-    if options.if_exists == "resume":
-        retry: Iterable[str] | None = None
-        if options.retry_failures:  # a limit may end the run anywhere in a file
-            retry = () if options.limit else inputs.read_whole(sources, output)
-        resumed = dataset.resume(output, before, rows, retry)
-    finished = None
-    if resumed.finished and not options.dry_run:
-        finished = files.join(output, dataset.finished_name(run_id))
-        Finished.write(finished, resumed.finished)
-        if not files.is_remote(finished) and runs_here(beam_args):
-            files.NewFile.track(finished)  # an interrupted run takes it along
-    for warning in warnings:
-        log.warning("%s", utf8(hide(warning)))  # not all that takes logs can take other text
-    return Plan(
-        tuple(sources),
-        Reading(
-            keys,
-            types,
-            options.max_image_bytes,
-            options.on_damage,
-            options.allow_http,
-            {**resumed.counts, **inputs.known_counts(sources)},
-        ),
-        options.limit,
-        finished,
-        preprocessing,
-        isolation,
-        spec,
-        info.fingerprint,
-        options.batch_size or default_batch_size(info.image_size, options.precision, on_gpu),
-        table,
-        options.rows_per_file,
-        metadata,
-        Publication(
-            output,
-            run_id,
-            options.if_exists,
-            before["run_id"] if before else None,
-            options.max_failure_rate,
-            options.compression,
-            {
-                "options": options.described(),
-                "model": model,
-                "preprocessing": pixels,
-                "versions": versions,
-                "warnings": [hide(warning) for warning in warnings],
-            },
-            resumed.kept,
-            resumed.retried,
-            resumed.reread,
-            # The launcher may have left by then, and with it whoever else would remove this.
-            (*resumed.retired, *([os.path.basename(finished)] if finished and workers else [])),
-        ),
-        started,
-        options.sink,
-        options.stop_after,
-        dataflow.accelerator(options.gpu),
-    )
+    return table
 
 
 def _isolation(options: Options) -> Limits | None:
@@ -335,7 +396,7 @@ def _check_output(output: str, if_exists: str, warnings: list[str]) -> dict[str,
                 f"--output {output}: something is there already, which a second run would mix "
                 "with; give another folder, --if_exists resume or --if_exists overwrite"
             )
-        before = dataset.replaceable_manifest(output, if_exists)
+        before = replaceable_manifest(output, if_exists)
         if before is None and files.is_file(files.join(output, "manifest.json")):
             warnings.append(
                 f"{output}: its manifest cannot be read and will be replaced; data files that it "
@@ -350,7 +411,7 @@ def _class_names(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        return tuple(files.read_bytes(files.absolute(path)).decode().splitlines())
+        return tuple(files.read_bytes(files.absolute(path)).decode("utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--class_names {path}: cannot be read ({error})") from None
 

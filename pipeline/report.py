@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         there = reach.soon(output, lambda: files.occupied(output))
         import pyarrow as pa  # after the flags: --help needs no library
 
-        from formats import dataset
+        from formats.manifest import read_manifest
         from formats.overview import look
         from formats.page import page
 
-        manifest = dataset.read_manifest(output)
+        manifest = read_manifest(output)
         if manifest is None:
             raise RequestError(
                 f"{output}: no output of this program, it has no manifest.json; give the --output "

@@ -13,18 +13,17 @@ import glob
 import hashlib
 import os
 import re
-import shutil
 import stat
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from storage import s3
+from storage import s3, temporaries
 from storage.errors import RequestError
+from storage.retries import attempt
 
 REMOTE = ("gs", "s3")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -297,9 +296,6 @@ class NewFile:
     `size` and `sha256` tell of what has been written so far.
     """
 
-    _open: set[str] = set()  # temporaries of this process, for `abandon_all`
-    _making = threading.RLock()  # held while one is made
-
     def __init__(self, path: str):
         self.path = path
         self.size = 0
@@ -312,8 +308,8 @@ class NewFile:
             folder, name = os.path.split(path)
             _make_folder(folder)
             self._temporary = os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{name}")
-            with NewFile._making:
-                NewFile._open.add(self._temporary)
+            with temporaries.making:
+                temporaries.track(self._temporary)
                 self._handle = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or abort
             with contextlib.suppress(OSError):  # a filesystem without locks
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -345,10 +341,8 @@ class NewFile:
             return
         try:
             if self._temporary is None:
-                from storage import steady  # which stands on this module
-
                 try:
-                    steady.attempt(self._upload, self.path)
+                    attempt(self._upload, self.path)
                 except Exception as error:
                     if self.path in str(error):
                         raise
@@ -359,7 +353,7 @@ class NewFile:
             self._handle.close()
             if self._temporary is not None:
                 os.replace(self._temporary, self.path)
-                NewFile._open.discard(self._temporary)
+                temporaries.forget(self._temporary)
                 _sync_folder(os.path.dirname(self.path))
         except BaseException:
             self.abort()
@@ -388,44 +382,7 @@ class NewFile:
             pass  # a full disk refuses the last flush, and the bytes are not wanted
         if self._temporary is not None:
             Path(self._temporary).unlink(missing_ok=True)
-            NewFile._open.discard(self._temporary)
-
-    @classmethod
-    def abandon_all(cls, for_good: bool = False) -> None:
-        """Remove the temporaries of every unfinished local file of this process.
-
-        With `for_good` no thread can make a further one: the process is about to end.
-        """
-        held = cls._making.acquire(timeout=5)  # a disk that hangs must not hold the end back
-        for temporary in list(cls._open):
-            if os.path.isdir(temporary):
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                Path(temporary).unlink(missing_ok=True)
-        if held and not for_good:
-            cls._making.release()
-
-    @classmethod
-    def track(cls, path: str) -> str:
-        """`path`, a local file or folder that `abandon_all` is to remove too."""
-        cls._open.add(path)
-        return path
-
-    @classmethod
-    def forget(cls, path: str) -> None:
-        """Take back `track`: what lay there is gone, or stays."""
-        cls._open.discard(path)
-
-
-@contextlib.contextmanager
-def scratch(parent: str | Path | None = None, prefix: str | None = None) -> Iterator[Path]:
-    """A local temporary folder, gone at the end of the block or of an interrupted run."""
-    folder = NewFile.track(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        NewFile.forget(folder)
+            temporaries.forget(self._temporary)
 
 
 class _Nowhere:
@@ -445,8 +402,12 @@ def _spoil(target: Any) -> None:
     and in any thread.
     """
     raw: Any = getattr(target, "raw", None)
-    if hasattr(raw, "_uploader"):  # s3://
-        raw._uploader = _Nowhere()
+    if hasattr(raw, "_uploader"):  # s3://, which keeps and bills the parts that it has
+        begun, raw._uploader = raw._uploader, _Nowhere()
+        with contextlib.suppress(Exception):
+            begun._client.client.abort_multipart_upload(
+                Bucket=begun._bucket, Key=begun._name, UploadId=begun.upload_id
+            )
     if hasattr(target, "terminate"):  # gs://
         with contextlib.suppress(Exception):  # the store forgets by itself what it is not told of
             target.terminate()

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable
 
 from storage import secrets
-from storage.steady import attempt, ignore
+from storage.retries import BadAddress, attempt, ignore
 
 _TIMEOUT = 30  # seconds without a byte
 
@@ -31,6 +31,8 @@ def read_url(url: str, most: int, on_retry: Callable[[], None] = ignore) -> byte
         except urllib.error.HTTPError as error:
             error.close()
             raise
+        except (http.client.InvalidURL, UnicodeError) as error:
+            raise BadAddress(f"{url}: {' '.join(str(error).split())}") from None
         except (http.client.HTTPException, ValueError) as error:
             raise OSError(
                 f"{url}: {' '.join(str(error).split()) or type(error).__name__}"

@@ -16,7 +16,7 @@ import pytest
 
 import models.runtime  # noqa: F401  TensorFlow as the job has it, before a test file imports it
 from pipeline import extract
-from storage import steady
+from storage import retries
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
@@ -32,7 +32,7 @@ os.environ.update(
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
     """Nothing is waited for between two tries."""
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
 
 
 @dataclass

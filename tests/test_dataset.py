@@ -23,31 +23,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats import dataset, table
-from formats.dataset import (
-    FAILURES,
-    FEATURES,
-    PartWriter,
-    Publication,
-    open_part,
-    publish,
-    read_manifest,
-    read_verdict,
-    resume,
-    settle,
-)
+from formats import dataset, resuming, table
+from formats.dataset import Publication, publish, read_verdict
 from formats.digests import image_digest, key_digest, place_digest
+from formats.manifest import read_manifest, replaceable_manifest
+from formats.parts import FAILURES, FEATURES, PartWriter, column_batches, describe_part, open_part
 from formats.records import Failure, Features, ImageRef
+from formats.resuming import resume
+from formats.settling import settle
 from formats.table import TableSpec
 from formats.verification import verify
-from storage import files
+from storage import files, temporaries
 from storage.errors import RequestError, RunError
 
 ROWS = {"model": "m1", "top_k": 0}
 
 
 def metadata(rows=ROWS, run="r"):
-    return table.metadata_text({"run_id": run, dataset.ROW_META: rows})
+    return table.metadata_text({"run_id": run, resuming.ROW_META: rows})
 
 
 def write_part(output, kind, name, images, rows=ROWS):
@@ -128,7 +121,7 @@ def good(*numbers):
 
 def described(output, part, entry=None):
     size = (Path(output) / part.path).stat().st_size
-    return dataset.describe_part(str(output), part.path, size, entry)
+    return describe_part(str(output), part.path, size, entry)
 
 
 # ---------------------------------------------------------------- one data file
@@ -191,7 +184,7 @@ def test_a_part_leaves_nothing_where_the_disk_is_full(tmp_path, monkeypatch, cal
         write()
     gc.collect()
     assert files_below(tmp_path) == []
-    assert not [path for path in files.NewFile._open if path.startswith(str(tmp_path))]
+    assert not [path for path in temporaries.tracked() if path.startswith(str(tmp_path))]
 
 
 def test_a_carried_column_may_be_named_stage(tmp_path):
@@ -308,7 +301,7 @@ def test_a_duplicate_names_who_keeps_the_id_on_one_short_line(tmp_path):
     _, (_, duplicates) = settle(str(tmp_path), [], [part], "r", "zstd")
     with open_part(str(tmp_path), duplicates.path) as reader:
         (row,) = reader.read().to_pylist()
-        assert json.loads(reader.schema_arrow.metadata[dataset.ROW_META.encode()]) == ROWS
+        assert json.loads(reader.schema_arrow.metadata[resuming.ROW_META.encode()]) == ROWS
     assert (row["stage"], row["error_class"], row["sha256"]) == ("read", "DuplicateKey", "0" * 64)
     assert row["key"] == "c" * 600 + "#0"
     assert row["message"].endswith("is that of b#1 too, which keeps it")
@@ -542,7 +535,7 @@ def test_two_runs_that_commit_at_once_on_a_store(tmp_path, monkeypatch, when, if
 
         return interrupted
 
-    name = "_write_manifest" if when == "after" else "settle"
+    name = "write_manifest" if when == "after" else "settle"
     monkeypatch.setattr(dataset, name, once(getattr(dataset, name)))
     if (when, if_exists) == ("before", "overwrite"):
         commit(run, mine)
@@ -662,7 +655,7 @@ def keys(images):
 
 
 def test_resuming_nothing(tmp_path):
-    assert resume(str(tmp_path / "new"), None, ROWS) == dataset.Resumed()
+    assert resume(str(tmp_path / "new"), None, ROWS) == resuming.Resumed()
 
 
 def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
@@ -821,15 +814,15 @@ def test_the_difference_is_told_down_to_the_leaf():
     now["preprocessing"]["formats"][53] = "x"
     now["class_names"].append("more")
     now["keys"][1] = "id"
-    text = {dataset.ROW_META.encode(): json.dumps(there).encode()}
-    assert dataset._other_rows(text, now) == (
+    text = {resuming.ROW_META.encode(): json.dumps(there).encode()}
+    assert resuming._other_rows(text, now) == (
         'class_names[1000] (null, now "more"), keys.id_key (null, now "id"), '
         'preprocessing.fit ("stretch", now "pad"), preprocessing.formats[53] ("f", now "x")'
     )
-    assert dataset._other_rows(text, there) is None
+    assert resuming._other_rows(text, there) is None
     now["class_names"] = ["x" * 300] * 1000
     now["preprocessing"] = {}
-    told = dataset._other_rows(text, now)
+    told = resuming._other_rows(text, now)
     assert told.endswith(", 999 more")
     assert len(told) < 700
 
@@ -903,11 +896,12 @@ def test_resuming_reads_no_vectors(tmp_path, monkeypatch):
     parts = [write_part(tmp_path, FEATURES, f"r1-{n}", images(n)) for n in range(3)]
     commit(publication(tmp_path, "r1"), parts)
     asked = []
-    read = dataset._column_batches
-    monkeypatch.setattr(
-        dataset, "_column_batches", lambda *args: asked.append(args[-1]) or read(*args)
-    )
-    monkeypatch.setattr(dataset, "sha256_of", lambda *_: pytest.fail("read a kept file whole"))
+    read = column_batches
+    for module in ("parts", "resuming", "settling"):
+        monkeypatch.setattr(
+            f"formats.{module}.column_batches", lambda *args: asked.append(args[-1]) or read(*args)
+        )
+    monkeypatch.setattr("formats.parts.sha256_of", lambda *_: pytest.fail("read a kept file whole"))
     found = resumed(tmp_path)
     commit(
         publication(tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept), [],
@@ -978,9 +972,9 @@ MANIFEST = (
 def test_only_a_manifest_of_a_newer_version_is_not_overwritten(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format_version": 2}')
     with pytest.raises(RequestError, match="newer"):
-        dataset.replaceable_manifest(str(tmp_path), "overwrite")
+        replaceable_manifest(str(tmp_path), "overwrite")
     (tmp_path / "manifest.json").write_text("damaged")
-    assert dataset.replaceable_manifest(str(tmp_path), "overwrite") is None
+    assert replaceable_manifest(str(tmp_path), "overwrite") is None
 
 
 @pytest.mark.parametrize(

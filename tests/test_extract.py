@@ -433,6 +433,7 @@ def test_too_many_failures_publish_nothing(tmp_path, job):
     assert (ran.line["features"], ran.line["failures"], ran.line["manifest"]) == (1, 1, None)
     told = "1 of 2 images failed (1 decode/UnsupportedFormat), more than --max_failure_rate 0.4"
     assert told in ran.stderr
+    assert "give a larger --max_failure_rate, with --if_exists resume" in ran.stderr
     present = {str(p.relative_to(ran.output)) for p in ran.output.rglob("*") if p.is_file()}
     assert not any(path.startswith(("features", "manifest", "_SUCCESS")) for path in present)
     (part,) = ran.output.rglob("*.parquet")
@@ -446,6 +447,14 @@ def test_too_many_failures_publish_nothing(tmp_path, job):
     assert list(again.rows("features")) == [str(tmp_path / "in" / "bad.jpg")]
     into = job(rejected, input_format="failures", if_exists="resume")  # beside what it is read from
     assert (into.code, into.line["features"]) == (0, 1)
+
+
+def test_after_too_many_failures_the_advice_given_works(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", {"good.jpg": jpeg(), "bad.jpg": b"nothing"})
+    assert job(folder, max_failure_rate=0.4).code == 3
+    ran = job(folder, max_failure_rate=0.5, if_exists="resume")
+    assert (ran.code, ran.line["features"], ran.line["failures"]) == (0, 1, 1)
+    assert verify.main([str(ran.output)]) == 0
 
 
 def damaged(path: Path) -> Path:

@@ -16,7 +16,7 @@ import threading
 
 import pytest
 
-from storage import files
+from storage import files, temporaries
 from storage.errors import RequestError
 from storage.files import FileInfo, NewFile
 
@@ -432,7 +432,7 @@ def test_a_file_whose_close_fails_does_not_appear(tmp_path, monkeypatch, step):
     with pytest.raises(OSError, match=r"no|Bad file"):
         file.close()
     assert all_below(tmp_path) == []
-    assert not [path for path in NewFile._open if path.startswith(str(tmp_path))]
+    assert not [path for path in temporaries.tracked() if path.startswith(str(tmp_path))]
 
 
 def test_abandon_all_removes_the_unfinished(tmp_path):
@@ -440,7 +440,7 @@ def test_abandon_all_removes_the_unfinished(tmp_path):
     done.close()
     open_file.write(b"half")
     assert len(all_below(tmp_path)) == 2
-    NewFile.abandon_all()
+    temporaries.abandon_all()
     assert all_below(tmp_path) == ["done"]
     open_file.abort()
 

@@ -17,6 +17,7 @@ import pytest
 from pictures import jpeg
 
 from pipeline import extract, job
+from storage import temporaries
 from storage.errors import RunError
 from storage.files import NewFile
 
@@ -28,24 +29,24 @@ def test_abandon_all_takes_what_is_tracked_and_lets_no_more_be_made(tmp_path, mo
     for path in (folder, kept):
         path.mkdir()
         (path / "a").touch()
-        NewFile.track(str(path))
-    NewFile.forget(str(kept))
-    monkeypatch.setattr(NewFile, "_making", threading.RLock())
+        temporaries.track(str(path))
+    temporaries.forget(str(kept))
+    monkeypatch.setattr(temporaries, "making", threading.RLock())
     made = threading.Event()
 
     def another():
         NewFile(str(tmp_path / "late"))
         made.set()
 
-    NewFile.abandon_all(for_good=True)
+    temporaries.abandon_all(for_good=True)
     thread = threading.Thread(target=another, daemon=True)
     thread.start()
     assert not made.wait(0.2)  # its file would outlive the process
     assert sorted(tmp_path.iterdir()) == [kept]
-    NewFile._making.release()
+    temporaries.making.release()
     thread.join(10)
     assert made.is_set()
-    NewFile.abandon_all()
+    temporaries.abandon_all()
     assert sorted(tmp_path.iterdir()) == [kept]
 
 
@@ -109,8 +110,7 @@ def test_a_signal_is_told_of_though_stderr_is_held_back():
     """As it is while TensorFlow is imported."""
     held = "os.dup2(os.open(os.devnull, os.O_WRONLY), 2); os.kill(os.getpid(), signal.SIGTERM)"
     ended = answered(held, stderr=subprocess.PIPE, text=True)
-    told = "interrupted by SIGTERM; --if_exists resume goes on from here\n"
-    assert (ended.returncode, ended.stderr) == (143, told)
+    assert (ended.returncode, ended.stderr) == (143, "interrupted by SIGTERM\n")
 
 
 FAR = """Pipeline BeamApp-1 failed in state FAILED: java.lang.RuntimeException: Error received from
@@ -141,7 +141,11 @@ def test_the_reason_of_a_worker_elsewhere_is_told(error, told):
 
 @pytest.mark.parametrize(
     ("error", "goes_on"),
-    [(OSError("the stream was reset"), True), (RuntimeError("failed in state FAILED"), False)],
+    [
+        (OSError("the stream was reset"), True),
+        (RuntimeError("failed in state FAILED"), False),  # a job server's
+        (RuntimeError("Dataflow pipeline failed. State: FAILED, Error:\nNone"), False),
+    ],
 )
 def test_a_job_that_may_go_on_elsewhere_is_told_of(error, goes_on, tmp_path, monkeypatch, caplog):
     def lost(plan, beam_args):
@@ -156,4 +160,32 @@ def test_a_job_that_may_go_on_elsewhere_is_told_of(error, goes_on, tmp_path, mon
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert extract.main(argv) == 1
     assert ("the job may go on" in caplog.text) is goes_on
-    assert job.left_behind is None
+
+
+@pytest.mark.parametrize(
+    ("if_exists", "told"),
+    [
+        ("error", "--if_exists resume goes on from here"),
+        ("resume", "--if_exists resume goes on from here"),
+        # Of a picture that both runs have, resuming would keep the old row.
+        ("overwrite", "run it again with --if_exists overwrite; the old output stands"),
+    ],
+)
+def test_an_interrupted_run_says_how_it_is_gone_on_with(if_exists, told, tmp_path):
+    """The process that a signal breaks into is the job itself, by its own main."""
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    model = exports.exported("saved_model", "classification")
+    flags = {"input": tmp_path / "a.jpg", "model": model, "output": tmp_path / "out"}
+    flags["if_exists"] = if_exists
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    code = [
+        "import os, signal",
+        "from pipeline import extract, job",
+        "job.run_graph = lambda *_: os.kill(os.getpid(), signal.SIGTERM)",
+        f"extract.run_process(lambda: extract.main({argv!r}))",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 143
+    assert ended.stderr.splitlines()[-1] == f"interrupted by SIGTERM; {told}"

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 
 from formats import table
-from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish, read_manifest
+from formats.dataset import Publication, publish
+from formats.manifest import read_manifest
 from formats.overview import look, most_alike, principal_places
+from formats.parts import FAILURES, FEATURES, PartWriter
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
 
@@ -45,7 +47,15 @@ def write(output, *files, failures=(), groups=1, **changes):
         writer = PartWriter(str(output), FAILURES, "part-r1-f", batch.schema, "zstd")
         writer.write(batch)
         parts.append(writer.close())
-    run = Publication(str(output), "r1", "error", None, 1.0, "zstd", {"model": {}})
+    run = Publication(
+        str(output),
+        "r1",
+        if_exists="error",
+        replaces=None,
+        max_failure_rate=1.0,
+        compression="zstd",
+        described={"model": {}},
+    )
     publish(run, parts, 0, dict)
     return str(output), read_manifest(str(output))
 

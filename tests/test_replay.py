@@ -13,9 +13,10 @@ import pytest
 from pictures import jpeg, truncated
 
 from formats import table
-from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish
+from formats.dataset import Publication, publish
 from formats.example import ExampleKeys, serialize_example
 from formats.inputs import Source, infer_types, list_units, survey
+from formats.parts import FAILURES, FEATURES, PartWriter
 from formats.records import Failure, Features, ImageRecord, ImageRef
 from formats.table import TableSpec
 from formats.tfrecord import write_record
@@ -40,7 +41,15 @@ def output_of(folder, failed, done=(), input_format="auto"):
             writer.write(batch)
             parts.append(writer.close())
     described = {"options": {"input_format": input_format}, "model": {}}
-    run = Publication(str(folder), "r1", "error", None, 1.0, "zstd", described)
+    run = Publication(
+        str(folder),
+        "r1",
+        if_exists="error",
+        replaces=None,
+        max_failure_rate=1.0,
+        compression="zstd",
+        described=described,
+    )
     publish(run, parts, 0, lambda: {"seconds": 1})
     return str(folder)
 

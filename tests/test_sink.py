@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from beams import pipe
 
-from formats.dataset import PartFile, Publication
+from formats.dataset import Publication
+from formats.parts import PartFile
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
 from formats.timing import Timing
 from pipeline.preflight import DIRECT_RUNNER
+from storage import temporaries
 from storage.files import NewFile
 from transforms import sink
 from transforms.sink import Publish, WriteFailures, WriteFeatures
@@ -122,7 +124,7 @@ def test_a_row_that_does_not_fit_its_schema_fails_the_run(tmp_path, monkeypatch)
     with pytest.raises(Exception, match="Expected bytes, got a 'float' object"):
         write(tmp_path, [features(0), features(1), features(2, name=3.5)])
     assert list(tmp_path.rglob("*.parquet")) == []  # a temporary, perhaps, but no file
-    NewFile.abandon_all()  # as the job does
+    temporaries.abandon_all()  # as the job does
     assert list(tmp_path.rglob(".tmp-*")) == []
 
 

@@ -25,7 +25,7 @@ from formats.records import Failure, ImageRecord, ImageRef
 from formats.tfrecord import write_record
 from pipeline.options import INPUT_FORMATS
 from pipeline.preflight import DIRECT_RUNNER
-from storage import files, steady
+from storage import files, retries, steady
 from storage.errors import RunError
 from transforms import sources
 from transforms.sources import (
@@ -206,7 +206,7 @@ def test_a_store_that_fails_in_the_middle_keeps_what_came_before(tmp_path, monke
             return super().read(count)
 
     monkeypatch.setattr(files, "open_read", lambda path: Failing(data))
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
     rows = read(path)
     (failure,) = (row for row in rows if isinstance(row, Failure))
     assert (failure.key, failure.error_class, failure.record_index) == (path, "OSError", None)
@@ -320,7 +320,7 @@ def test_nothing_is_lost_or_doubled_on_a_store_that_fails_now_and_then(tmp_path,
 
     So never at three in a row, after which reading gives up, whatever the threads' turns.
     """
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
     calm = run(every_format(tmp_path))
     open_read = files.open_read
     openings, reads = (collections.defaultdict(lambda: itertools.count(1)) for _ in range(2))
@@ -371,7 +371,7 @@ def test_every_format_reads_alike_from_a_store(tmp_path, scheme):
 
 @pytest.mark.parametrize("name", ["a.parquet", "b.tar", "t"])
 def test_a_container_whose_store_dies_in_the_middle_is_one_failure(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
     every_format(tmp_path)
     path = tmp_path / name
     data = path.read_bytes()

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from storage import files, steady
-from storage.steady import ShortRead, SteadyStream, read_at_most, read_bytes
+from storage import files, retries
+from storage.retries import ShortRead
+from storage.steady import SteadyStream, read_at_most, read_bytes
 
 DATA = np.random.default_rng(0).bytes(5000)
 
@@ -21,9 +22,9 @@ def waits(monkeypatch):
     By this module alone: threads that earlier tests have left behind sleep too.
     """
     waited = []
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0.2)
-    monkeypatch.setattr(steady, "random", SimpleNamespace(uniform=lambda low, high: high))
-    monkeypatch.setattr(steady, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.2)
+    monkeypatch.setattr(retries, "random", SimpleNamespace(uniform=lambda low, high: high))
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=waited.append))
     return waited
 
 
@@ -120,7 +121,7 @@ def test_a_store_is_tried_for_seconds_with_growing_waits(store, waits):
 
 
 def test_waits_differ_by_chance(monkeypatch, store, waits):
-    monkeypatch.setattr(steady.random, "uniform", lambda low, high: low)
+    monkeypatch.setattr(retries.random, "uniform", lambda low, high: low)
     store.errors = [coded(503)] * 2
     assert read_bytes("gs://b/a") == DATA
     assert waits == [0.1, 0.2]

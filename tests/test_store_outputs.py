@@ -11,7 +11,8 @@ from pictures import jpeg
 from test_dataset import commit, images, publication, write_part
 
 from formats import dataset
-from formats.dataset import read_manifest
+from formats.manifest import read_manifest, write_manifest
+from formats.parts import open_part
 from pipeline import extract, verify
 from storage import files
 from storage.errors import RunError
@@ -33,7 +34,7 @@ def keys(output):
     """The keys of the rows that the manifest names."""
     found = []
     for entry in read_manifest(output)["files"]:
-        with dataset.open_part(output, entry["path"]) as part:
+        with open_part(output, entry["path"]) as part:
             found += part.read(["key"])["key"].to_pylist()
     return sorted(found)
 
@@ -79,14 +80,14 @@ def test_a_file_that_another_run_took_while_the_manifest_was_on_its_way_is_told(
     again = publication(output, "r2", if_exists="resume", replaces="r1", kept=(kept[0].path,))
     second = [write_part(output, "features", "r2-a", images(1))]
     third = [write_part(output, "features", "r3-a", images(2))]
-    upload = dataset._write_manifest
+    upload = write_manifest
 
     def overtaken(folder, manifest):
-        monkeypatch.setattr(dataset, "_write_manifest", upload)
+        monkeypatch.setattr(dataset, "write_manifest", upload)
         commit(publication(output, "r3", if_exists="overwrite", replaces="r1"), third)
         upload(folder, manifest)
 
-    monkeypatch.setattr(dataset, "_write_manifest", overtaken)
+    monkeypatch.setattr(dataset, "write_manifest", overtaken)
     with pytest.raises(RunError, match=r"part-r1-a.parquet is gone, which another run replaced"):
         commit(again, second)
 

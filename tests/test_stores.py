@@ -17,9 +17,10 @@ from servers import BUSY, CUT, FORBIDDEN, LOST
 from test_models import stored_rows
 
 from benchmarks import keys
-from formats import dataset, inputs
+from formats import inputs, resuming
+from formats.manifest import read_manifest
 from pipeline import figures
-from storage import files, steady
+from storage import files, retries
 
 pytestmark = pytest.mark.engines
 IMAGES = 6
@@ -37,7 +38,7 @@ def road(way, monkeypatch):
     way.trouble = lambda method, path, body: None
     way.requests.clear()
     files.configure_stores(way.store.argv)
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
     return way
 
 
@@ -236,7 +237,7 @@ def test_resuming_asks_no_more_of_a_store_than_the_plan_counts_on(road):
     on_s3 = road.store.uri.startswith("s3:")
     told = figures.S3_RESUME_REQUESTS if on_s3 else figures.RESUME_REQUESTS
     road.requests.clear()
-    found = dataset.resume(output, dataset.read_manifest(output), keys.ROWS)
+    found = resuming.resume(output, read_manifest(output), keys.ROWS)
     assert len(found.kept) == count
     asked = len(road.requests)
     fresh = keys.write(output, "r2", 10 * count, 10 * count + 10, 10, ids=False)
@@ -296,4 +297,20 @@ def test_an_upload_that_was_refused_is_not_made_up_for_later(road, stocked, sent
     road.requests.clear()
     gc.collect()  # closes what was left open
     assert road.requests == []
+    assert not files.is_file(target)
+
+
+def test_no_part_of_an_upload_that_failed_stays(road, stocked):
+    """A store of s3:// keeps parts, and bills them, until it is told."""
+    target = f"{stocked}/parts/a.bin"
+    road.trouble = lambda method, path, body: FORBIDDEN if method == "PUT" else None
+    with pytest.raises(OSError, match=r"a\.bin"):
+        files.write_bytes(target, b"x" * 6_000_000)
+    if stocked.startswith("s3:"):
+        assert any("uploadId" in path for method, path in road.requests if method == "PUT")
+        from moto.backends import get_backend
+        from moto.core import DEFAULT_ACCOUNT_ID
+
+        stored = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]
+        assert not [upload for bucket in stored.buckets.values() for upload in bucket.multiparts]
     assert not files.is_file(target)

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from formats import dataset, table
-from formats.dataset import FAILURES, FEATURES, PartWriter, Publication, publish
+from formats import table
+from formats.dataset import Publication, publish
+from formats.parts import FAILURES, FEATURES, PartWriter, open_part
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
 from pipeline import verify
-from storage import files, steady
+from storage import files, retries
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 8
@@ -65,7 +66,15 @@ def write_part(output, kind, name, rows, made=None):
 
 def commit(output, *parts):
     described = {"options": {}, "model": {"fingerprint": "f1", "outputs": {"embedding": WIDTH}}}
-    run = Publication(str(output), "r1", "error", None, 1.0, "zstd", described)
+    run = Publication(
+        str(output),
+        "r1",
+        if_exists="error",
+        replaces=None,
+        max_failure_rate=1.0,
+        compression="zstd",
+        described=described,
+    )
     assert publish(run, parts, 0, dict)["status"] == "complete"
     return Path(output)
 
@@ -198,7 +207,7 @@ def test_one_flipped_bit_is_found_400_times_of_400(output, check, tmp_path):
 def test_a_flipped_bit_in_a_page_is_found_by_the_page_itself(output, check):
     """Even where the manifest vouches for the file as it is."""
     (path,) = output.glob("features/*-a.parquet")
-    with dataset.open_part(str(output), str(path.relative_to(output))) as part:
+    with open_part(str(output), str(path.relative_to(output))) as part:
         columns = [part.metadata.row_group(0).column(n) for n in range(part.metadata.num_columns)]
     data = path.read_bytes()
     for column in columns:
@@ -436,7 +445,7 @@ def test_a_read_that_fails_now_and_then_is_no_damage(output, check, monkeypatch)
     def open_read(path):
         return Cut(open(path, "rb", buffering=0)) if path.endswith(".parquet") else opened(path)
 
-    monkeypatch.setattr(steady, "FIRST_WAIT", 0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
     monkeypatch.setattr(files, "open_read", open_read)
     assert check(output)[0] == 0
     assert len(failed) == 3

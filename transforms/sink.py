@@ -13,7 +13,8 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from formats import dataset, table
-from formats.dataset import PartFile, PartWriter, Publication
+from formats.dataset import Publication
+from formats.parts import FAILURES, FEATURES, PartFile, PartWriter
 from formats.records import Failure, Features
 from formats.timing import Timing
 from transforms.metrics import inc_counter
@@ -118,14 +119,17 @@ class WriteFeatures(beam.PTransform):
         rows_per_file: int | None = None,
     ):
         super().__init__()
-        vectors = sum(spec.widths.values()) * (2 if spec.dtype == "float16" else 4)
-        fixed = 300 + vectors + 30 * spec.top_k
+        fixed = 300 + 30 * spec.top_k
         self._write = _WriteParts(
-            dataset.FEATURES,
+            FEATURES,
             output,
             run_id,
             _row_maker(spec),
-            lambda row: fixed + sum(map(_size, row.ref.columns.values())),
+            lambda row: (
+                fixed
+                + sum(vector.nbytes for vector in row.vectors.values())  # logits for top_k too
+                + sum(map(_size, row.ref.columns.values()))
+            ),
             rows_per_file,
             compression,
         )
@@ -149,7 +153,7 @@ class WriteFailures(beam.PTransform):
         super().__init__()
         schema = table.failure_schema(metadata)
         self._write = _WriteParts(
-            dataset.FAILURES,
+            FAILURES,
             output,
             run_id,
             lambda rows: table.failures_table(rows, schema),

@@ -25,7 +25,7 @@ from formats.timing import Timing
 from storage import files, steady, web
 from storage.errors import RunError
 from storage.files import FileInfo
-from storage.steady import ignore
+from storage.retries import ignore
 from transforms.lookahead import io_threads, map_ahead
 from transforms.metrics import inc_counter
 
@@ -216,15 +216,22 @@ READERS = {
 
 
 class Finished:
-    """What need not be done: digests of places and keys (see `formats.dataset.Resumed`)."""
+    """What need not be done: digests of places and keys (see `formats.resuming.Resumed`)."""
 
     def __init__(self, finished: DigestSet | None = None):
         self._finished = DigestSet.of(b"") if finished is None else finished
 
     @classmethod
     def read(cls, path: str | None) -> Finished:
-        """What `write` put at `path`; nothing for None. Local files stay on the disk."""
-        return cls() if path is None else cls(DigestSet.stored(_mapped(path)))
+        """What `write` put at `path`; nothing for None. Local files stay on the disk.
+
+        Nothing too where it is gone: an engine that begins a job anew after its commit, which took
+        it along, will find the verdict.
+        """
+        try:
+            return cls() if path is None else cls(DigestSet.stored(_mapped(path)))
+        except FileNotFoundError:
+            return cls()
 
     @staticmethod
     def write(path: str, finished: Bytes) -> None:
@@ -316,7 +323,10 @@ class _ReadUnits(beam.DoFn):
         ref, _ = refer(
             entry.key, source, entry.index, entry.values, self._how.keys, self._how.types
         )
-        return self._finished.holds(ref.key, source, entry.index, has_id=ref.key != entry.key)
+        has_id = ref.key != entry.key
+        # A relative uri may be another picture's in another folder; then settling tells of both.
+        key = ref.key if has_id or entry.index is not None else source
+        return self._finished.holds(key, source, entry.index, has_id)
 
 
 class ReadImages(beam.PTransform):
