@@ -732,6 +732,11 @@ def retried(output, fresh, reread=()):
         (("/in/a@99", "/in/a", 3), [], ["/in/a"], False),  # there is no more damage
         (("/in/a@99", "/in/a", 3), [], ["/in"], True),
         (("/in/a", "/in/a", None), [], ["/in/a"], False),  # the whole of it could not be read
+        # Of what cannot be read to its end this time, nobody knows what lies behind.
+        (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/a", "/in/a", None)])], ["/in/a"], True),
+        (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/a@70", "/in/a", 5)])], ["/in/a"], True),
+        (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/a#5", "/in/a", 5)])], ["/in/a"], False),
+        (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/b@70", "/in/b", 5)])], ["/in/a"], False),
     ],
 )
 def test_a_failure_stays_unless_it_is_tried_again(tmp_path, failure, fresh, reread, stays):
@@ -746,6 +751,26 @@ def test_a_failure_stays_unless_it_is_tried_again(tmp_path, failure, fresh, rere
     assert sorted(row[1] for row in published(tmp_path)) == sorted(expected)
     named = [entry["path"] for entry in read_manifest(str(tmp_path))["files"]]
     assert files_below(tmp_path) == sorted(["_SUCCESS", "manifest.json", *named])
+
+
+def test_records_that_failed_count_among_those_that_a_container_is_known_to_have(tmp_path):
+    failed = [("/in/a#7", "/in/a", 7), ("/in/b@900", "/in/b", 9)]  # damage may lie behind the last
+    parts = [
+        write_part(tmp_path, FEATURES, "r1-a", images(0, 1, 2)),
+        write_part(tmp_path, FAILURES, "r1-b", failed),
+    ]
+    commit(publication(tmp_path, "r1"), parts)
+    for retry in (None, [], ["/in/a"]):
+        assert resumed(tmp_path, retry=retry).counts == {"/in/a": 8}
+
+
+def test_what_an_attempt_after_the_commit_has_written_does_not_stay(tmp_path):
+    """As an engine makes that begins the whole job anew."""
+    part = write_part(tmp_path, FEATURES, "r1-a", images(0))
+    verdict = commit(publication(tmp_path, "r1"), [part])
+    again = write_part(tmp_path, FEATURES, "r1-b", images(0))
+    assert commit(publication(tmp_path, "r1"), [again]) == verdict
+    assert files_below(tmp_path) == ["_SUCCESS", part.path, "manifest.json"]
 
 
 def test_an_image_that_lost_its_id_stays_where_the_other_is_not_read_again(tmp_path):

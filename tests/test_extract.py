@@ -683,6 +683,49 @@ def test_a_resumed_run_keeps_the_order_of_the_columns(tmp_path, job):
     assert verify.main([str(ran.output)]) == 0
 
 
+def test_a_narrower_sample_fits_the_columns_that_are_there(tmp_path, job):
+    write_pictures(tmp_path, {f"{n}.jpg": data for n, data in enumerate(different(4).values())})
+    listing = tmp_path / "list.csv"
+    flags = {"columns": "score", "label_key": "kind"}
+    listing.write_text("uri,score,kind\n0.jpg,0.5,cat\n1.jpg,2,7\n")
+    assert job(listing, **flags).code == 0
+    listing.write_text("uri,score,kind\n2.jpg,3,8\n3.jpg,4,9\n")  # whole numbers alone
+    ran = job(listing, if_exists="resume", **flags)
+    assert (ran.code, ran.line["features"]) == (0, 2)
+    rows = [(row["score"], row["label"]) for row in ran.rows("features").values()]
+    assert rows == [(0.5, "cat"), (2.0, "7"), (3.0, "8"), (4.0, "9")]
+    listing.write_text("uri,score,kind\n4.jpg,high,8\n")
+    assert 'columns.score ("double", now "string")' in job(listing, if_exists="resume", **flags).stderr
+
+
+def test_a_relative_uri_of_another_folder_is_another_picture(tmp_path, job):
+    lists = []
+    for folder in ("a", "b"):
+        write_pictures(tmp_path / folder, {"1.jpg": jpeg(50 + len(lists), 50)})
+        lists.append(tmp_path / folder / "list.csv")
+        lists[-1].write_text("uri\n1.jpg\n")
+    assert job(lists[0]).code == 0
+    again = job(lists[0], if_exists="resume")
+    assert (again.line["features"], again.line["skipped"]) == (0, 1)
+    ran = job(lists[1], if_exists="resume", max_failure_rate=1)
+    assert (ran.line["failures"], ran.line["skipped"]) == (1, 0)
+    (row,) = ran.rows("failures").values()
+    assert (row["error_class"], row["source"]) == ("DuplicateKey", str(tmp_path / "b" / "1.jpg"))
+    assert ran.rows("features")["1.jpg"]["source"] == str(tmp_path / "a" / "1.jpg")
+
+
+def test_a_record_that_failed_outlasts_a_file_that_is_cut_before_it(tmp_path, job):
+    records = [{"image/encoded": data} for data in [*different(2).values(), b"nothing"]]
+    path = write_tfrecord(tmp_path / "data", records)
+    assert job(path, max_failure_rate=1).line["failures"] == 1
+    write_tfrecord(path, records[:2])
+    ran = job(path, if_exists="resume", retry_failures=True, max_failure_rate=1)
+    assert ran.code == 0
+    told = {key: row["error_class"] for key, row in ran.rows("failures").items()}
+    assert told.pop(f"{path}#2") == "UnsupportedFormat"
+    assert list(told.values()) == ["MissingRecords"]
+
+
 def test_what_fails_again_is_no_new_failure(tmp_path, job):
     bad = {f"bad{i}.jpg": b"%d nothing" % i for i in range(4)}
     folder = write_pictures(tmp_path / "in", {**different(5), **bad})

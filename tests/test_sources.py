@@ -493,6 +493,8 @@ def test_finished_knows_published_keys(tmp_path):
     assert record("elsewhere", 7, key="id") in finished  # the same data under another name
     assert record("elsewhere", 7, key="new") not in finished
     assert record("elsewhere", 7, key="id") not in Finished.read(None)
+    gone = Finished.read(str(tmp_path / "gone"))  # with the commit, before an engine began anew
+    assert record("elsewhere", 7, key="id") not in gone
 
 
 def test_the_threads_of_a_worker_fetch_what_is_finished_once(monkeypatch):
