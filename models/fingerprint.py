@@ -72,7 +72,7 @@ def _array_digest(array: np.ndarray) -> bytes:
 
 
 def _node_digest(node: Any, digests: Mapping[str, bytes], bodies: _Bodies) -> bytes:
-    hasher = hashlib.sha256(node.op.encode())
+    hasher = hashlib.sha256(bodies.digest(node.op))  # a function may be called as an operation
     for name in sorted(node.attr):
         if name == "value" and node.op == "Const":
             hasher.update(_array_digest(tf.make_ndarray(node.attr[name].tensor)))

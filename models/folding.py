@@ -2,9 +2,10 @@
 
 Batch norm goes into the convolution before it: `bn(conv(x, w)) = conv(x, w s) + (beta - mean s)`
 with `s = gamma / sqrt(variance + epsilon)`. A ReLU of a concatenation becomes one of each part:
-most parts of these networks have their own already, or have it for nothing. Equal pools are
-computed once; NASNet adds the average of a tensor to itself, and the convolutions that read that
-twofold take it in their kernels.
+most parts of these networks have their own already, or have it for nothing. A pool of single
+pixels, by which TF-Slim's factorized reduction reads one in two, becomes the stride of the
+convolution behind it. Equal pools are computed once; NASNet adds the average of a tensor to itself,
+and the convolutions that read that twofold take it in their kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def fold(graph: Graph) -> None:
             _fold_batch_norm(graph, node, readers)
     graph.bypass_identities()
     graph.prune()  # else what was bypassed would still count as a reader
+    _stride_by_convolutions(graph)
     _push_relus(graph)
     _share_pools(graph)
     graph.bypass_identities()
@@ -124,6 +126,37 @@ def _push_relus(graph: Graph) -> None:
         first = relus.get(relu.input[0])
         if relu.op == "Relu" and first not in (None, relu.name) and relu.name not in graph.keep:
             _pass_on(relu, first)
+
+
+def _stride_by_convolutions(graph: Graph) -> None:
+    """Let convolutions of single pixels take the stride of a pool of single pixels before them.
+
+    The mean or the largest of one number is that number, so no bit of the result changes.
+    """
+    readers = graph.readers()
+    for pool in [node for node in graph.nodes.values() if node.op in ("AvgPool", "MaxPool")]:
+        single = list(pool.attr["ksize"].list.i) == [1, 1, 1, 1]
+        plain = _channels_last(pool) and pool.attr["padding"].s in (b"SAME", b"VALID")
+        reading = readers[pool.name]
+        if not (single and plain and reading) or waits(pool) or pool.name in graph.keep:
+            continue
+        if all(_reads_single_pixels(graph, reader, pool) for reader in reading):
+            for conv in reading:
+                conv.input[0] = pool.input[0]
+                conv.attr["strides"].CopyFrom(pool.attr["strides"])
+
+
+def _reads_single_pixels(graph: Graph, node: Any, source: Any) -> bool:
+    """Whether `node` is a convolution of 1 x 1 of all that `source` holds."""
+    if node.op != "Conv2D" or node_name(node.input[0]) != source.name:
+        return False
+    kernel = _plain_kernel(graph, node)
+    return (
+        kernel is not None
+        and kernel.shape[:2] == (1, 1)
+        and node.attr["padding"].s in (b"SAME", b"VALID")
+        and list(node.attr["strides"].list.i) == [1, 1, 1, 1]
+    )
 
 
 def _share_pools(graph: Graph) -> None:

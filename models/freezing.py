@@ -19,11 +19,13 @@ from models.graphs import Graph, node_name
 from models.handles import HUB_V1, model_format
 from models.runtime import inline_variables, saved_model_pb2, tf
 from models.safety import check_model
-from storage import files
+from storage import temporaries
 from storage.errors import RequestError
 
 EMBEDDING, LOGITS = "embedding", "logits"
 HUB_V1_SIGNATURES = {EMBEDDING: "image_feature_vector", LOGITS: "image_classification"}
+_NOTHING = "_generic_user_object"  # an object of a SavedModel that does nothing itself
+_GRADIENT = "_gradient_op_type"  # names an operation's own gradient
 _ALIAS = "feature_vector"  # of the embedding
 _SUMS = {"Add", "AddV2"}
 _LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", *_SUMS}
@@ -97,6 +99,11 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
         raise ModelError(
             f"--model {directory}: takes no pictures of {size} x {size} in float32 ({reason})"
         ) from error
+    if len(tensors) != len(found):
+        raise ModelError(
+            f"--model {directory}: its outputs are no plain mapping of names to tensors, so "
+            "which is which cannot be told; export it with a signature serving_default"
+        )
     named = dict(zip(tensors, found, strict=True))
     outputs = named if set(named) == {EMBEDDING, LOGITS} else _roles(directory, named)
     for role, tensor in outputs.items():
@@ -201,7 +208,7 @@ def _load_signatures(directory: str, proto: Any) -> Any:
 
 def _load_as(proto: Any, directory: str, tags: Sequence[str] | None = None) -> Any:
     """What TensorFlow loads from `directory` where `proto` stands for its saved_model.pb."""
-    with files.scratch() as folder:
+    with temporaries.scratch() as folder:
         for name in os.listdir(directory):
             if name != "saved_model.pb":
                 (folder / name).symlink_to(os.path.join(os.path.abspath(directory), name))
@@ -234,7 +241,7 @@ def _drop_uncalled(meta: Any) -> bool:
     called = set()
     for number, node in enumerate(objects.nodes):
         if number in uncalled:
-            node.user_object.identifier = "_generic_user_object"
+            node.user_object.identifier = _NOTHING
         else:  # what sets up tables and the like is called while loading
             called.add(node.bare_concrete_function.concrete_function_name)
             called.update(node.function.concrete_functions)
@@ -247,7 +254,15 @@ def _drop_uncalled(meta: Any) -> bool:
         more = _functions_in(function.node_def) - called if function else set()
         called |= more
         waiting += more
+    for node in objects.nodes:
+        home = node.captured_tensor.concrete_function
+        if home and home not in called:
+            node.user_object.identifier = _NOTHING  # what a gradient wanted of a function that goes
     kept = [function for name, function in functions.items() if name in called]
+    for function in kept:
+        for node in function.node_def:
+            if _GRADIENT in node.attr:  # their own functions go
+                del node.attr[_GRADIENT]
     gradients = [one for one in library.gradient if {one.function_name, one.gradient_func} < called]
     library.CopyFrom(type(library)(function=kept, gradient=gradients))
     for name in objects.concrete_functions.keys() - called:
@@ -256,10 +271,15 @@ def _drop_uncalled(meta: Any) -> bool:
 
 
 def _functions_in(nodes: Iterable[Any]) -> set[str]:
-    """The names of the functions that `nodes` call."""
-    values = [value for node in nodes for value in node.attr.values()]
-    named = {value.func.name for value in values if value.HasField("func")}
-    return named | {func.name for value in values for func in value.list.func}
+    """The names of the functions that `nodes` call, which may be by the name as an operation."""
+    named = set()
+    for node in nodes:
+        named.add(node.op)
+        for value in node.attr.values():
+            if value.HasField("func"):
+                named.add(value.func.name)
+            named.update(func.name for func in value.list.func)
+    return named
 
 
 def _serving(signatures: Mapping[str, Any]) -> Any:

@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 
 from models.graphs import Graph, kind, node_name, waits
-from models.runtime import BFLOAT16, op_def_registry, tf
+from models.runtime import BFLOAT16_KERNELS, op_def_registry, tf
 
 # The layers of convolutional networks; everything else stays in float32 behind a cast.
+_CONVOLUTIONS = {"Conv2D", "DepthwiseConv2dNative"}
 _BFLOAT16_OPS = {
-    *("Conv2D", "DepthwiseConv2dNative", "BiasAdd", "Relu", "Relu6", "Add", "AddV2"),
+    *_CONVOLUTIONS,
+    *("BiasAdd", "Relu", "Relu6", "Add", "AddV2"),
     *("AvgPool", "MaxPool", "ConcatV2", "Pad", "PadV2", "StridedSlice", "Identity"),
 }
 _FUSED = "_MklNativeFusedConv2D"
 _FLOAT = tf.float32.as_datatype_enum
 _BFLOAT16 = tf.bfloat16.as_datatype_enum
 _INT16 = tf.int16.as_datatype_enum
-_FUSIBLE = {_FLOAT, _BFLOAT16} if BFLOAT16 else {_FLOAT}  # what oneDNN's kernel takes here
+_FUSIBLE = {_FLOAT, _BFLOAT16} if BFLOAT16_KERNELS else {_FLOAT}  # what oneDNN's kernel takes here
 
 
 def can_fuse() -> bool:
@@ -35,14 +37,10 @@ def can_fuse() -> bool:
 def to_bfloat16(graph: Graph) -> None:
     """Put the layers of convolutional networks, and their weights, in bfloat16.
 
-    What comes before them (the scaling of pixels) and after (the mean over places, the dense layer)
-    stays in float32; kept nodes keep their type.
+    What comes before them (the scaling of pixels) and after (the mean over places, the dense layer
+    with its bias) stays in float32; kept nodes keep their type.
     """
-    layers = {
-        node.name
-        for node in graph.nodes.values()
-        if node.op in _BFLOAT16_OPS and kind(node) == _FLOAT and node.name not in graph.keep
-    }
+    layers = _layers(graph)
     for node in list(graph.nodes.values()):
         layer = node.name in layers
         for at, tensor in enumerate(node.input):
@@ -58,6 +56,20 @@ def to_bfloat16(graph: Graph) -> None:
     for name in layers:
         graph.nodes[name].attr["T"].type = _BFLOAT16
     graph.prune()
+
+
+def _layers(graph: Graph) -> set[str]:
+    """The convolutions, and what reads them or what so follows without leaving such operations."""
+    readers = graph.readers()
+    layers: set[str] = set()
+    waiting = [node for node in graph.nodes.values() if node.op in _CONVOLUTIONS]
+    while waiting:
+        node = waiting.pop()
+        if node.name in layers or node.name in graph.keep or kind(node) != _FLOAT:
+            continue
+        layers.add(node.name)
+        waiting += [reader for reader in readers[node.name] if reader.op in _BFLOAT16_OPS]
+    return layers
 
 
 def _is_float(node: Any, at: int) -> bool:
@@ -266,6 +278,7 @@ def _only_reader(graph: Graph, readers: dict[str, list[Any]], node: Any) -> Any:
 def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[bytes]) -> None:
     """Put the fused operation in the place of `chain`, a convolution and what follows it."""
     conv = chain[0]
+    is_constant = graph.constant(conv.input[1]) is not None  # else the first batch's would stay
     for node in chain:
         del graph.nodes[node.name]
     node = graph.add(_FUSED, chain[-1].name, inputs)
@@ -282,5 +295,5 @@ def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[byte
     node.attr["num_args"].i = len(inputs) - 2
     node.attr["TArgs"].list.type.extend([conv.attr["T"].type] * (len(inputs) - 2))
     node.attr["fused_ops"].list.s.extend(fused)
-    node.attr["is_filter_const"].b = True
+    node.attr["is_filter_const"].b = is_constant
     node.attr["_kernel"].s = b"MklNameChangeOp"  # how TensorFlow labels its oneDNN kernels

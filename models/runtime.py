@@ -42,11 +42,17 @@ def _without_chatter() -> Iterator[None]:
                     os.write(2, line)
 
 
-def _has_bfloat16() -> bool:
-    """Whether oneDNN has kernels for bfloat16 here; its guide names the instructions."""
-    told = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
-    flags = set(told.split())
-    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags or "avx_ne_convert" in flags
+def has_bfloat16(cpuinfo: str) -> tuple[bool, bool]:
+    """Whether oneDNN has kernels for bfloat16 on a CPU (its guide names the instructions), and
+    whether they are faster than float32's: with AMX, or with AMD's AVX-512 for it.
+
+    Intel's without AMX multiplies half as many numbers a second in bfloat16 as in float32, and
+    AVX-512 without instructions for it widens each number first: docs/PERFORMANCE.md tells.
+    """
+    flags = set(cpuinfo.partition("\nflags")[2].partition("\n")[0].split())
+    kernels = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags or "avx_ne_convert" in flags
+    amd = "AuthenticAMD" in cpuinfo and "avx512_bf16" in flags
+    return kernels, kernels and (amd or "amx_bf16" in flags)
 
 
 def _share_arenas(most: int) -> None:
@@ -94,7 +100,9 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
 
 
-BFLOAT16 = bool(GPUS) or _has_bfloat16()
+# Whether there are kernels for it; whether layers are computed in it where that is asked for.
+BFLOAT16_KERNELS, BFLOAT16 = has_bfloat16(Path("/proc/cpuinfo").read_text())
+BFLOAT16_KERNELS, BFLOAT16 = BFLOAT16_KERNELS or bool(GPUS), BFLOAT16 or bool(GPUS)
 
 
 def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
@@ -134,6 +142,7 @@ def twin(function: Any) -> Any:
 
 __all__ = [
     "BFLOAT16",
+    "BFLOAT16_KERNELS",
     "CORES",
     "GPUS",
     "constant",

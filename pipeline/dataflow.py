@@ -119,6 +119,11 @@ def check(options: Options, beam_args: Sequence[str]) -> None:
         raise RequestError(
             f"--resource_hints {hints[0]}: for all steps, beside --gpu for inference; give one"
         )
+    if service and options.engine == "openvino":
+        raise RequestError(
+            f"{service[0]}: --engine openvino computes on CPUs, so the GPU would idle; leave one "
+            "of them out"
+        )
     goal = view(beam_args, "GoogleCloudOptions").flexrs_goal
     if goal and (options.gpu or told):
         raise RequestError(

@@ -199,14 +199,14 @@ class Options:
         "JPEG's scaled decoding to what is still at least twice the target both ways, with filter "
         "antialias; off: never",
         choices=("auto", "off"),
-        why="large photographs decode several times faster for 0.2 to 0.3 levels of difference",
+        why="large photographs decode several times faster for 0.1 to 0.2 levels of difference",
     )
     precision: str = knob(
         "float32",
         "arithmetic of the model",
         choices=("float32", "bfloat16"),
-        why="equal to the published networks; bfloat16 is faster and about 1 % off; a CPU without "
-        "it (no AVX-512) stays in float32 and says so",
+        why="equal to the published networks; bfloat16 is about 1 % off and faster on GPUs and on "
+        "CPUs with AMX or AMD's AVX-512 BF16; any other CPU stays in float32 and says so",
     )
     engine: str = knob(
         "tensorflow",
@@ -322,7 +322,7 @@ class Options:
         "decode in processes of their own, so that a crash, a hang or a lack of memory in a "
         "decoder costs one picture; none: in the job's own threads, where it ends the run",
         choices=("process", "none"),
-        why="seen to cost 6 % more CPU for decoding, 1 to 2 % of the job, and no time",
+        why="seen to cost 6 % more CPU and 5 % more time for decoding, 1 to 2 % of the job's CPU",
     )
     decode_seconds: float = knob(
         30.0,
@@ -393,6 +393,12 @@ class Options:
                 raise RequestError(
                     f"--{name} {getattr(self, name)}: says how rows are written, and --sink null "
                     "writes none; leave it out"
+                )
+        for name in ("decode_seconds", "decode_memory"):
+            if self.decode_isolation == "none" and getattr(self, name) != getattr(Options, name):
+                raise RequestError(
+                    f"--{name} {getattr(self, name):g}: bounds the processes that decode, and "
+                    "--decode_isolation none has none; leave one of them out"
                 )
         if self.stop_after and self.sink != "null":
             raise RequestError(

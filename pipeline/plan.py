@@ -352,10 +352,10 @@ def limits(images: int, objects: int, parts: int, gib: float, store: str) -> lis
 
 
 def commit_seconds(images: int, parts: int) -> float:
-    """How long the commit of `parts` files takes: keys are settled, the output is listed twice."""
+    """How long the commit of `parts` files takes: keys are settled, the output is listed thrice."""
     pages = parts / figures.PAGE_OBJECTS.value
     settled = images * figures.KEY_SECONDS.value / figures.VCPU.value
-    return settled + 2 * pages * figures.PAGE_SECONDS.value
+    return settled + 3 * pages * figures.PAGE_SECONDS.value
 
 
 def _prices(request: argparse.Namespace) -> dict[str, float]:

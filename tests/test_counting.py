@@ -102,6 +102,10 @@ def test_a_broken_run_is_told_without_an_output(job, tmp_path):
         ({"sink": "null", "if_exists": "overwrite"}, "--if_exists overwrite"),
         ({"sink": "null", "rows_per_file": 3}, "--rows_per_file 3"),
         ({"sink": "null", "compression": "none"}, "--compression none"),
+        (
+            {"decode_isolation": "none", "decode_seconds": 5},
+            "--decode_seconds 5: bounds",
+        ),
         ({"stop_after": "decode"}, "--sink null"),
     ],
 )

@@ -73,6 +73,11 @@ BEAM = ["--runner", "DataflowRunner", "--sdk_container_image", IMAGE]
             ["--resource_hints=accelerator=type:nvidia-l4;count:1"],
             "beside --gpu for inference",
         ),
+        (
+            ["--engine", "openvino"],
+            ["--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1"],
+            "the GPU would idle",
+        ),
         (["--gpu", "nvidia-l4"], ["--flexrs_goal=COST_OPTIMIZED"], "flexible scheduling has no"),
         (
             [],

@@ -7,11 +7,13 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import exports
 import numpy as np
@@ -24,6 +26,7 @@ from reference_weights import images
 from formats.example import serialize_example
 from formats.image import Preprocessing, decode_image
 from formats.tfrecord import write_record
+from models import loading
 from pipeline import job as job_module
 from pipeline import preflight, verify
 from storage import files
@@ -275,6 +278,31 @@ def test_top_classes_with_names(tmp_path, job):
         assert row["top_labels"] == [f"class {i}" for i in best]
         np.testing.assert_allclose(row["top_scores"], softmax[best], rtol=1e-6)
         assert "logits" not in row
+
+
+@pytest.mark.parametrize("vector_type", ["list", "fixed_size_list"])
+def test_a_result_is_read_as_the_readme_has_it(tmp_path, job, monkeypatch, vector_type):
+    folder = write_pictures(tmp_path / "in", different(5))
+    output = tmp_path / "out" / "features"
+    ran = job(folder, output=output, rows_per_file=2, vector_type=vector_type)
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"Reading the result:\n\n```python\n(.*?)```", text, re.S)[1], names)
+    assert names["vectors"].shape == (5, WIDTH)
+    written = dict(zip(names["table"]["key"].to_pylist(), names["vectors"].tolist(), strict=True))
+    assert written == {key: row["embedding"] for key, row in ran.rows("features").items()}
+
+
+def test_classes_without_their_logits_load_the_model_once(tmp_path, job, monkeypatch):
+    monkeypatch.setattr(loading, "_loaded", {})
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"\xef\xbb\xbf" + b"".join(b"class %d\r\n" % i for i in range(CLASSES)))
+    folder = write_pictures(tmp_path / "in", different(1))
+    ran = job(folder, top_k=CLASSES, class_names=names, outputs="embedding")
+    (row,) = ran.rows("features").values()
+    assert set(row["top_labels"]) == {f"class {i}" for i in range(CLASSES)}  # no mark before 0
+    assert len(loading._loaded) == 1
 
 
 def test_float16_and_fixed_size_vectors(tmp_path, job):
@@ -695,7 +723,8 @@ def test_a_narrower_sample_fits_the_columns_that_are_there(tmp_path, job):
     rows = [(row["score"], row["label"]) for row in ran.rows("features").values()]
     assert rows == [(0.5, "cat"), (2.0, "7"), (3.0, "8"), (4.0, "9")]
     listing.write_text("uri,score,kind\n4.jpg,high,8\n")
-    assert 'columns.score ("double", now "string")' in job(listing, if_exists="resume", **flags).stderr
+    ran = job(listing, if_exists="resume", **flags)
+    assert 'columns.score ("double", now "string")' in ran.stderr
 
 
 def test_a_relative_uri_of_another_folder_is_another_picture(tmp_path, job):

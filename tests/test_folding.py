@@ -18,7 +18,8 @@ from models.fusing import (
     to_bfloat16,
 )
 from models.graphs import Graph
-from models.runtime import BFLOAT16
+from models.graphs import kind as graph_kind
+from models.runtime import BFLOAT16_KERNELS
 
 SIDE, CHANNELS = 7, 4
 X = np.random.default_rng(0).normal(size=(2, SIDE, SIDE, CHANNELS)).astype(np.float32)
@@ -112,6 +113,26 @@ FOLDED = {
     "a pool that is there twice": (
         lambda net, x: pools(x, 3, 3),
         {"AvgPool": 1, "MaxPool": 1},
+    ),
+    "a stride that a pool of single pixels makes": (
+        lambda net, x: (
+            single(net, tf.nn.avg_pool2d(x, 1, 2, "VALID"), stride=1)
+            + single(net, tf.nn.max_pool2d(x, 1, 2, "SAME"), stride=1, padding="VALID")
+        ),
+        {"AvgPool": 0, "MaxPool": 0},
+    ),
+    "one that others read too": (
+        lambda net, x: (lambda p: single(net, p, stride=1) + p[..., :3])(
+            tf.nn.avg_pool2d(x, 1, 2, "VALID")
+        ),
+        {"AvgPool": 1},
+    ),
+    "one before a convolution of three by three, and of a stride": (
+        lambda net, x: (
+            single(net, tf.nn.avg_pool2d(x, 1, 2, "VALID"), stride=1, size=3)
+            + single(net, tf.nn.avg_pool2d(x, 1, 1, "VALID"), stride=2)
+        ),
+        {"AvgPool": 2},
     ),
     "pools of two sizes": (lambda net, x: pools(x, 3, 2), {"AvgPool": 2, "MaxPool": 1}),
     "twice a pool, read by convolutions": (
@@ -328,6 +349,19 @@ def test_odd_pixels_are_taken_at_once(name):
     assert odd_pixels_taken(lambda net, x: odd_pixels(net, x, side, then)) == times
 
 
+def test_odd_pixels_of_a_pool_as_slim_takes_them():
+    def reduced(net: Net, x: tf.Tensor) -> tf.Tensor:
+        return single(net, tf.nn.avg_pool2d(x, 1, 2, "VALID"), stride=1)
+
+    graph = Graph(build(lambda net, x: odd_pixels(net, x, 8, reduced)), ["y"])
+    wanted = run(graph)
+    fold(graph)
+    take_odd_pixels(graph)
+    assert close(run(graph), wanted)
+    assert (ops(graph)["AvgPool"], ops(graph)["StridedSlice"]) == (0, 0)
+    assert ops(graph)["DepthwiseConv2dNative"] == 1
+
+
 def test_odd_pixels_of_unknown_sides():
     def make(net: Net, x: tf.Tensor) -> tf.Tensor:
         return single(net, tf.pad(open_rank(x), [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :])
@@ -465,7 +499,23 @@ ROUGH = {
 }
 
 
-@pytest.mark.skipif(not BFLOAT16, reason="this CPU has no bfloat16")
+def test_the_dense_layer_and_its_bias_stay_in_float32():
+    """A logit of 10 has a step of 0.06 in bfloat16, and classes would share one."""
+
+    def make(net: Net, x: tf.Tensor) -> tf.Tensor:
+        features = tf.nn.relu(tf.nn.bias_add(net.conv(x - 0.5), np.ones(CHANNELS, np.float32)))
+        pooled = tf.reduce_mean(features, [1, 2])
+        kernel = net.random.normal(size=(CHANNELS, 5)).astype(np.float32)
+        bias = np.full(5, 10.03, np.float32)
+        return tf.nn.relu(tf.identity(tf.nn.bias_add(pooled @ kernel, bias)))
+
+    graph = Graph(build(make), ["y"])
+    to_bfloat16(graph)
+    layers = [n for n in graph.nodes.values() if graph_kind(n) == tf.bfloat16.as_datatype_enum]
+    assert Counter(node.op for node in layers) == {"Conv2D": 1, "BiasAdd": 1, "Relu": 1}
+
+
+@pytest.mark.skipif(not BFLOAT16_KERNELS, reason="this CPU has no bfloat16")
 @pytest.mark.parametrize("name", ROUGH)
 def test_bfloat16_is_near(name):
     graph = Graph(build(ROUGH[name]), ["y"])
@@ -532,7 +582,7 @@ def test_any_network_computes_the_same_after_all_of_it(seed, steps, rough):
     fold(graph)
     if rough:
         to_bfloat16(graph)
-    if can_fuse() and (BFLOAT16 or not rough):
+    if can_fuse() and (BFLOAT16_KERNELS or not rough):
         fuse_convolutions(graph)
     if rough:
         take_larger_by_bits(graph)

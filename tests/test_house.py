@@ -214,9 +214,9 @@ def pins(name: str) -> dict[str, set[str]]:
 
 def test_the_locks_agree_and_hold_no_address():
     runtime = pins("runtime.txt")
-    for name in ("runtime.txt", "test.txt", "bench.txt"):
+    for name in ("runtime.txt", "openvino.txt", "test.txt", "bench.txt"):
         assert {package: pins(name).get(package) for package in runtime} == runtime
-    for name in ("runtime.txt", "test.txt", "bench.txt", "airflow.txt"):
+    for name in ("runtime.txt", "openvino.txt", "test.txt", "bench.txt", "airflow.txt"):
         text = (ROOT / "requirements" / name).read_text()
         assert "://" not in text
         assert "index" not in re.sub(r"#.*", "", text)

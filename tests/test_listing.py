@@ -191,9 +191,9 @@ def test_whole_numbers_keep_every_digit():
     assert fields.fit(exact, pa.string()) == exact
     assert fields.fit("9007199254740992", pa.float64()) == 2.0**53
     for lost in (beyond, exact, "1e999", "9" * 400, "9" * 5000):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"[0-9]{4}|1e999"):
             fields.fit(lost, pa.float64())
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="10000"):
         fields.fit(10**400, pa.float64())  # which JSON may spell
 
 

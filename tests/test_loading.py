@@ -17,7 +17,8 @@ from reference_weights import images
 
 from models import loading
 from models.export import export_saved_model
-from models.loading import BFLOAT16, Hints, LoadSpec, ModelError, load
+from models.loading import Hints, LoadSpec, ModelError, load
+from models.runtime import BFLOAT16_KERNELS, has_bfloat16
 from storage.errors import RequestError
 
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -154,14 +155,39 @@ def test_inputs_that_are_no_pictures_are_refused(tmp_path):
         load(LoadSpec(save_plain(tmp_path / "open", size=None)))
 
 
-def test_bfloat16_is_near_and_says_the_same_of_a_picture_in_every_call():
+def cpu(vendor: str, *flags: str) -> str:
+    return f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {' '.join(flags)}\nbugs\t\t:\n"
+
+
+AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (cpu("AuthenticAMD", "avx2", "fma"), (False, False)),  # Zen 3
+        (cpu("AuthenticAMD", "avx2", *AVX512, "avx512_bf16"), (True, True)),  # Zen 4 and 5
+        (cpu("GenuineIntel", *AVX512, "avx512_bf16", "amx_bf16", "amx_tile"), (True, True)),
+        (cpu("GenuineIntel", *AVX512, "avx512_bf16"), (True, False)),  # its AMX hidden from it
+        (cpu("GenuineIntel", *AVX512, "avx512_vnni"), (True, False)),  # Ice Lake
+        (cpu("GenuineIntel", "avx2", "avx_ne_convert"), (True, False)),
+        ("", (False, False)),
+    ],
+)
+def test_which_cpus_have_bfloat16_and_gain_by_it(cpuinfo, expected):
+    assert has_bfloat16(cpuinfo) == expected
+
+
+def test_bfloat16_is_near_and_says_the_same_of_a_picture_in_every_call(monkeypatch):
+    monkeypatch.setattr(loading, "BFLOAT16", BFLOAT16_KERNELS)  # be it slower than float32
+    monkeypatch.setattr(loading, "_loaded", {})
     exact = load(LoadSpec(exports.exported("saved_model", "classification")))
     rough = load(LoadSpec(exports.exported("saved_model", "classification"), precision="bfloat16"))
     pixels = uint8_pictures(SIZE)
     for name, vectors in rough(pixels).items():
         assert vectors.dtype == np.float32
         assert worst(vectors, exact(pixels)[name]) < 0.05
-        assert not BFLOAT16 or worst(vectors, exact(pixels)[name]) > 1e-5
+        assert not BFLOAT16_KERNELS or worst(vectors, exact(pixels)[name]) > 1e-5
         assert np.array_equal(vectors, rough(pixels)[name])
     assert rough.info.fingerprint == exact.info.fingerprint
 

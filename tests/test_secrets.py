@@ -116,7 +116,7 @@ def test_addresses_are_asked_for_as_browsers_do(monkeypatch):
         site.give("/%C3%A9t%C3%A9%201.jpg?q=a%20b&c=%2F", b"picture")
         for written in ("/été 1.jpg?q=a b&c=%2F", "/%C3%A9t%C3%A9%201.jpg?q=a%20b&c=%2F"):
             assert web.read_url(site.address + written, 100) == b"picture"
-    with pytest.raises(OSError, match="http://a:b/c.jpg: nonnumeric port"):
+    with pytest.raises(OSError, match="nonnumeric port"):
         web.read_url("http://a:b/c.jpg", 100)
     assert waited == []  # another try would change nothing
 
