@@ -20,6 +20,7 @@ from benchmarks.processes import note
 from formats.image import Preprocessing, decode_image
 
 PART = "large_pictures"
+SIDES = (224, 331)  # of what is decoded to, in pixels
 
 
 def measure(data: list[bytes], side: int) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=15, help="photographs")
-    parser.add_argument("--sides", type=int, nargs="*", default=(224, 331))
+    parser.add_argument("--sides", type=int, nargs="*", default=SIDES)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")

@@ -1,6 +1,6 @@
-"""What was measured: docs/performance.json holds it, docs/PERFORMANCE.md shows it between markers.
+"""What was measured: docs/performance.json holds it, the pages of docs/ show it between markers.
 
-A part of the document stands between `<!-- measured: NAME -->` and `<!-- end -->`.
+A part stands between `<!-- measured: NAME -->` and `<!-- end -->`, in whichever page has its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from benchmarks.processes import load
 NEAR = 3600  # seconds between two runs that are held against each other
 ROOT = Path(__file__).parents[1]
 DATA = Path("docs/performance.json")
-PAGE = Path("docs/PERFORMANCE.md")
+PAGES = "docs/*.md"
+# What a machine's name does not say, which is of several generations.
+_KNOWN = {
+    "family 26 model 2,": "Zen 5",
+    "family 25 model 17,": "Zen 4",
+    "family 25 model 1,": "Zen 3",
+    "family 6 model 207,": "Xeon without AMX",
+    "family 6, 126 GiB": "Xeon with AMX",
+}
 Runs = dict[str, list[dict[str, Any]]]  # by name, in the order in which they were taken
 _PACKAGES = ("tensorflow", "apache-beam", "pillow", "numpy", "openvino", "torch", "timm")
 
@@ -83,14 +91,15 @@ def add(
     scratch.replace(path)
 
 
-def show(folder: Path, part: str, text: str, page: Path = PAGE) -> None:
-    """Print `text` and put it in its place in the page, where there is one."""
+def show(folder: Path, part: str, text: str) -> None:
+    """Print `text` and put it in its place in the pages, where there is one."""
     print(text)
-    path = folder / page
-    if not path.exists():
-        return
     place = re.compile(rf"(<!-- measured: {part} -->\n).*?(<!-- end -->)", re.DOTALL)
-    path.write_text(place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", path.read_text()))
+    for path in folder.glob(PAGES):
+        before = path.read_text()
+        after = place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", before)
+        if after != before:
+            path.write_text(after)
 
 
 def show_each(folder: Path, part: str, make: Callable[[Runs], str], place: str = "") -> None:
@@ -100,13 +109,17 @@ def show_each(folder: Path, part: str, make: Callable[[Runs], str], place: str =
 
 def each(folder: Path, part: str, make: Callable[[Runs], str]) -> str:
     """What `make` tells of the runs of `part`, a paragraph for each machine that has any."""
-    return by_machine(folder, lambda parts: make(parts[part]), only=part)
+    told = {machine: make(parts[part]) for machine, parts in by_machine(folder, part).items()}
+    texts = [
+        (f"On {machine}:\n\n" if len(told) > 1 else "") + text
+        for machine, text in told.items()
+        if text
+    ]
+    return "\n\n".join(texts)
 
 
-def by_machine(
-    folder: Path, make: Callable[[dict[str, Runs]], str], only: str | None = None
-) -> str:
-    """What `make` tells of all parts, or of one, for each machine that has runs, the last first."""
+def by_machine(folder: Path, only: str | None = None) -> dict[str, dict[str, Runs]]:
+    """The runs of all parts, or of one, for each machine that has any, the last used one first."""
     data = {part: runs for part, runs in read(folder).items() if only in (None, part)}
     of: dict[str, dict[str, Runs]] = {}
     for part, runs in data.items():
@@ -119,11 +132,12 @@ def by_machine(
         parts = of[machine].values()
         return max(one["of"]["at"] for runs in parts for found in runs.values() for one in found)
 
-    texts = [
-        (f"On {machine}:\n\n" if len(of) > 1 else "") + make(of[machine])
-        for machine in sorted(of, key=last, reverse=True)
-    ]
-    return "\n\n".join(texts)
+    return {machine: of[machine] for machine in sorted(of, key=last, reverse=True)}
+
+
+def short(machine: str) -> str:
+    """The name by which people know a machine, where one is known here."""
+    return next((name for told, name in _KNOWN.items() if told in machine), machine)
 
 
 def at(run: dict[str, Any]) -> float:

@@ -27,7 +27,7 @@ from pipeline.demo import build_seeded_model
 # Units of work go to workers by the hash of a random key. With 24 of them the larger share is 14 in
 # the median, which bounds the ratio of two workers by 24/14 = 1.71; with 480 it is 247, and 1.94.
 SHARDS = 480
-PART, PAGE = "scaling", Path("docs/ENGINES.md")
+PART = "scaling"
 
 
 def seconds(flags: list[str], model: str, records: str, output: Path) -> float:
@@ -84,7 +84,7 @@ def main() -> None:
             run = {"one": one, "two": two, "ratio": two / one, "start_up": idle}
             results.add(results.ROOT, PART, "flink", run, fresh=number == 0)
         runs = results.read(results.ROOT)[PART]["flink"]
-        results.show(results.ROOT, PART, table(runs), PAGE)
+        results.show(results.ROOT, PART, table(runs))
 
 
 def table(runs: list[dict[str, Any]]) -> str:

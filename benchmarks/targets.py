@@ -6,7 +6,7 @@ python -m benchmarks.targets        # writes the table, measures nothing
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from benchmarks import growth, large_pictures, results, startup, throughput
 NAME = "targets"
 Parts = dict[str, results.Runs]
 
+MET, MISSED, NOT_SHOWN = "met", "missed", "not shown"
 _OTHER_WAYS = ("plain", "lanes", "eager", "compile")
 _PRECISIONS = (("bf16", "bfloat16"), ("f32", "float32"))
 _GB = 1e9 / (1 << 20)  # in MiB
@@ -31,21 +32,27 @@ class Target:
     digits: int = 2
     unrun: tuple[str, ...] = ()
 
-    def row(self) -> str:
-        """A line of the table; of what was measured only."""
+    @property
+    def figure(self) -> str:
+        """What was measured, as it is shown."""
         assert self.measured is not None
-        target, verdict = "-", ""
-        if self.least is not None or self.most is not None:
-            kept = (self.least is None or self.measured >= self.least) and (
-                self.most is None or self.measured <= self.most
-            )
-            bounds = [f"at least {self.least:g}"] if self.least is not None else []
-            bounds += [f"at most {self.most:.4g}"] if self.most is not None else []
-            target = ", ".join(bounds)
-            met = f"not shown, without {', '.join(self.unrun)}" if self.unrun else "met"
-            verdict = met if kept else "missed"
-        measured = round(self.measured, self.digits) + 0.0  # no -0.0
-        return f"| {self.shown} | {measured:.{self.digits}f} | {target} | {verdict} |"
+        return f"{round(self.measured, self.digits) + 0.0:.{self.digits}f}"  # no -0.0
+
+    @property
+    def wanted(self) -> str:
+        """The bounds in words."""
+        bounds = [f"at least {self.least:g}"] if self.least is not None else []
+        bounds += [f"at most {self.most:.4g}"] if self.most is not None else []
+        return ", ".join(bounds) or "-"
+
+    @property
+    def verdict(self) -> str:
+        """MET, MISSED, NOT_SHOWN, or nothing where there are no bounds."""
+        if self.measured is None or self.wanted == "-":
+            return ""
+        low = self.least is not None and self.measured < self.least
+        high = self.most is not None and self.measured > self.most
+        return MISSED if low or high else NOT_SHOWN if self.unrun else MET
 
 
 def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
@@ -95,7 +102,7 @@ def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
     for short, name in _PRECISIONS:
         for by, engine in (("", ""), (" by OpenVINO", "_openvino")):
             share = allowed(f"ours_{short}{engine}", f"bare_{short}{engine}")
-            yield Target(f"{name}{by}, share of what the cores allow", share, 0.92)
+            yield Target(f"{name}{by}, share of what the cores allow", share, 0.92, digits=3)
     for short, name in _PRECISIONS:
         shown, mine = f"function alone, {name}: ours by OpenVINO", f"bare_{short}_openvino"
         yield against(f"{shown} / by TensorFlow", mine, f"bare_{short}")
@@ -131,30 +138,55 @@ def _growths(runs: results.Runs) -> Iterator[Target]:
 
 
 def _large_pictures(runs: results.Runs) -> Iterator[Target]:
-    for side, found in runs.items():
+    for side in large_pictures.SIDES:
+        found = runs.get(str(side), [])
         times = results.median(found, "times")
         yield Target(f"12 megapixels to {side}, scaled decoding, times faster", times, 4, digits=1)
         levels = results.median(found, "mean_levels")
         yield Target(f"12 megapixels to {side}, mean difference in levels", levels, most=0.5)
 
 
-def table(parts: Parts) -> str:
-    """Each target that something was measured for."""
+def every(parts: Parts) -> list[Target]:
+    """All targets, in one order whatever was measured; `parts` are one machine's."""
     runs = parts.get(throughput.PART, {})
     cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
-    every = [
+    return [
         *_rates(runs, cores),
         *_starts(parts.get(startup.PART, {})),
         *_growths(parts.get(growth.PART, {})),
         *_large_pictures(parts.get(large_pictures.PART, {})),
     ]
-    rows = [target.row() for target in every if target.measured is not None]
-    return "\n".join(["| | measured | target | |", "|---|---|---|---|", *rows])
+
+
+def table(machines: Mapping[str, Parts]) -> str:
+    """A line for each target that something was measured for, a column for each machine."""
+    columns = [every(parts) for parts in machines.values()]
+    rows = [
+        f"| | wanted | {' | '.join(map(results.short, machines))} |",
+        f"|---|---|{'---|' * len(columns)}",
+    ]
+    unrun: dict[str, None] = {}
+    for line in zip(*columns, strict=True):
+        if any(target.measured is not None for target in line):
+            rows.append(f"| {line[0].shown} | {line[0].wanted} | {' | '.join(map(_cell, line))} |")
+            doubtful = [target for target in line if target.verdict == NOT_SHOWN]
+            unrun |= dict.fromkeys(name for target in doubtful for name in target.unrun)
+    if unrun:
+        rows += ["", f"?: ways of the rival that did not run there: {', '.join(unrun)}."]
+    return "\n".join(rows)
+
+
+def _cell(target: Target) -> str:
+    if target.measured is None:
+        return ""
+    verdict = target.verdict
+    shown = f"**{target.figure}**" if verdict == MISSED else target.figure
+    return f"{shown} ?" if verdict == NOT_SHOWN else shown
 
 
 def show(folder: Path) -> None:
     """Write the table of every machine."""
-    results.show(folder, NAME, results.by_machine(folder, table))
+    results.show(folder, NAME, table(results.by_machine(folder)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -357,18 +357,48 @@ def table(runs: results.Runs) -> str:
     return "\n".join([*rows, "", results.caption(every)])
 
 
+_OVERVIEW = {
+    "ours, float32": "ours_f32",
+    "ours, float32, `--engine openvino`": "ours_f32_openvino",
+    "ours, `--precision bfloat16`": "ours_bf16",
+    "ours, `--precision bfloat16 --engine openvino`": "ours_bf16_openvino",
+    "(a) tf.data + frozen graph, float32": "tfdata_f32",
+    "(a) the same, cheapest pixels": "tfdata_f32_cheapest",
+    "(a) tf.data + frozen graph, bfloat16": "tfdata_bf16",
+    "(a) the same, cheapest pixels, bfloat16": "tfdata_bf16_cheapest",
+    "(a) tf.data + signature, float32": "tfdata_signature_lanes",
+    "(b) RunInference over hub.KerasLayer, two passes": "stock_two_passes",
+}
+
+
+def overview(machines: Mapping[str, Mapping[str, results.Runs]]) -> str:
+    """Images/s of the ways that users choose from, and of the rivals; a column for each machine."""
+    rows = [
+        f"| images/s | {' | '.join(map(results.short, machines))} |",
+        f"|---|{'---|' * len(machines)}",
+    ]
+    for shown, name in _OVERVIEW.items():
+        rates = [
+            results.median(parts.get(PART, {}).get(name, []), "images_per_second")
+            for parts in machines.values()
+        ]
+        cells = ["" if rate is None else f"{rate:.0f}" for rate in rates]
+        rows.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def stages(runs: results.Runs) -> str:
     """Where an image's CPU time goes, from runs that end earlier, and from parts run alone.
 
     By the runs nearest to the last that ended at decoding, and none more than an hour away:
-    differences want runs that are near in time.
+    differences want runs that are near in time. Nothing where none ended there.
     """
     at = max((results.at(one) for one in runs.get("stage_decode", [])), default=None)
+    if at is None:
+        return ""
 
     def cpu(name: str) -> float | None:
         found = runs.get(name, [])
-        if at is None:
-            return results.median(found[-1:], "cpu_ms")
         near = [one for one in found if abs(results.at(one) - at) <= results.NEAR]
         return results.median(sorted(near, key=lambda one: abs(results.at(one) - at))[:1], "cpu_ms")
 
@@ -402,6 +432,7 @@ def show(folder: Path) -> None:
     """Write the tables of all that has been measured."""
     results.show_each(folder, PART, table)
     results.show_each(folder, PART, stages, "stages")
+    results.show(folder, "overview", overview(results.by_machine(folder)))
 
 
 def main() -> None:
