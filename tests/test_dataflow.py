@@ -431,6 +431,8 @@ def test_without_a_bound_of_workers_a_line_warns(gs, job):
     bounded = job(f"{gs.uri}/in/*", max_num_workers=3, **flags)
     assert bounded.code == 0, bounded.stderr
     assert "--max_num_workers" not in bounded.stderr
+    other = job(f"{gs.uri}/in/*", engine="openvino", **flags)
+    assert "--engine openvino: every worker needs it" in other.stderr
 
 
 def test_a_gpu_on_another_runner_is_refused(job, tmp_path):

@@ -293,6 +293,7 @@ def test_the_runbook_tells_what_the_plan_does():
         f"output; with `--workers 4` "
         f"{four['hours']:.2f} h and {four['usd']['run']:.2f} USD" in text
     )
+    assert f"The plan of §6 needs one worker for {one['hours']:.2f} h" in text
     assert f"reckons {one['vcpus_to_a_gpu']} where photographs are small" in text
     most = set(re.findall(r"--max[_-](?:num_)?workers[ `]+(\d+)", RUNBOOK))
     assert most == {"4"}

@@ -22,7 +22,7 @@ from benchmarks.faults.world import (
     write_files,
     write_shards,
 )
-from storage import files, steady
+from storage import files, retries
 from tests import servers
 
 IMAGES = 40
@@ -138,7 +138,7 @@ def flaky(how: FlakyFiles) -> Iterator[None]:
     """While this lasts, files are opened by `how`, and tries follow at once."""
     with (
         mock.patch.object(files, "open_read", how.open),
-        mock.patch.object(steady, "FIRST_WAIT", 0.0),
+        mock.patch.object(retries, "FIRST_WAIT", 0.0),
     ):
         yield
 
