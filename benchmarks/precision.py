@@ -50,9 +50,11 @@ def compare(fast: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 def vectors(model: str, precision: str, engine: str, file: str) -> None:
     """Write the vectors of all photographs by `model` to the .npz `file`."""
     from formats.image import Preprocessing, decode_image
+    from models import loading, runtime
     from models.loading import LoadSpec, load
     from pipeline.demo import photographs
 
+    loading.BFLOAT16 = runtime.BFLOAT16_KERNELS  # where it would be slower than float32, too
     loaded = load(LoadSpec(model, precision=precision, engine=engine))
     how = Preprocessing(loaded.info.image_size)
     pixels = np.stack([decode_image(data, how)[0] for _, data in photographs()])

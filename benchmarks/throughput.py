@@ -6,7 +6,7 @@
 Each contender runs as a process of its own. A loop runs over a small and a large input, and what
 counts is the marginal cost between the two, so that start-up does not; a bare function runs on
 pixels in memory after warming up. Every run is added to docs/performance.json at once, and the
-tables in docs/PERFORMANCE.md are made of all that stands there; parts can be run in any order.
+tables in docs/ are made of all that stands there; parts can be run in any order.
 With `--cores_each` as many contenders run at once as there are cores for, each on its own.
 """
 

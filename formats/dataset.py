@@ -78,8 +78,11 @@ def _publish(
     ours = _written_by(run, there)
     listed = {entry["path"]: entry for entry in before["files"]} if before else {}
     verdict = read_verdict(run.output, run.run_id)
-    if verdict:  # what an attempt after the commit has written is named nowhere
-        _delete(run, ours - set(listed))
+    if verdict:
+        # What an attempt after the commit has written is named nowhere; but a manifest that came
+        # since `before` was read, of another attempt, may name what lies there.
+        if verdict["status"] != "complete" or (before and before["run_id"] == run.run_id):
+            _delete(run, ours - set(listed))
         return verdict
     fresh = sorted(written, key=lambda part: part.path)
     if before and before["run_id"] != run.replaces and run.if_exists != "overwrite":

@@ -44,9 +44,10 @@ def still_failed(
     """`failures` of earlier runs without those that this run, which wrote `fresh`, has tried again.
 
     That is what has its key or place in `fresh`, and whatever was told of a source that was to be
-    read whole again (`reread`: digests of these) and had no damage this time; but not an image that
-    lost its id to another, as long as that one need not be read. Files that lose rows are written
-    anew as `part-NAME-retried-...`. With them the digests of the keys that were tried again.
+    read whole again (`reread`: digests of these); but not a record that may lie behind damage of
+    this time, nor an image that lost its id to another, as long as that one need not be read. Files
+    that lose rows are written anew as `part-NAME-retried-...`. With them the digests of the keys
+    that were tried again.
     """
     tried_again: set[bytes] = set()
     if not failures:
@@ -76,7 +77,7 @@ def still_failed(
                         or place_digest(source, index) in places
                         or (
                             error_class != _DUPLICATE
-                            and source not in damaged
+                            and (index is None or source not in damaged)
                             and key_digest(source) in whole
                         )
                     ):

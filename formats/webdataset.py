@@ -93,6 +93,8 @@ def read_images(
                 yield found
                 index += 1
             sample = None
+        if isinstance(item, _End):
+            continue
         if isinstance(item, _Member) and named is not None:
             sample = sample or _Sample(named[0])
             sample.add(named[1], item)
@@ -123,6 +125,10 @@ class _Member:
     size: int
     data: bytes | None
     stored: bool
+
+
+class _End:
+    """The end mark of a tar; what comes before it is whole."""
 
 
 @dataclass(slots=True)
@@ -224,7 +230,8 @@ class _Layout:
             elif "json" in sample.members:
                 if parsed is None:
                     parsed = _object(_bytes(sample, "json"))
-                values[name] = parsed.get(name)
+                if name in parsed:
+                    values[name] = parsed[name]
         return values
 
     def _member(self, sample: _Sample, extension: str, label: bool) -> int | str | bytes:
@@ -270,7 +277,7 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
 
 def _walk(
     source: ExactStream | InflatedStream, block: bytes, wants: Callable[[str, int], bool]
-) -> Iterator[_Member | tuple[int, str, str]]:
+) -> Iterator[_Member | _End | tuple[int, str, str]]:
     """Members in order; a damage, as offset, class and message, is the last item.
 
     Several tars one after the other are read as one. Payloads are read where `wants` the name and
@@ -283,6 +290,8 @@ def _walk(
     ended = False
     while True:
         if block == _ZEROS:
+            if not ended:
+                yield _End()
             ended, long = True, {}
             offset += _BLOCK
             first = offset

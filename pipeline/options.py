@@ -206,7 +206,7 @@ class Options:
         "arithmetic of the model",
         choices=("float32", "bfloat16"),
         why="equal to the published networks; bfloat16 is about 1 % off and faster on GPUs and on "
-        "CPUs with AMX or AMD's AVX-512 BF16; any other CPU stays in float32 and says so",
+        "CPUs with AMX or AMD's AVX-512 BF16; any other CPU stays in float32, and the job says so",
     )
     engine: str = knob(
         "tensorflow",

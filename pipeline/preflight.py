@@ -78,7 +78,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         from transforms.sources import Finished, Reading
 
     on_gpu = workers.gpu if workers else has_gpu(options.engine)
-    spec, info = _load(options, workers, on_gpu, warnings)
+    elsewhere = bool(workers or (beam_args and portable.goes_on(beam_args)))
+    spec, info = _load(options, workers, elsewhere, on_gpu, warnings)
     _check_classes(options, info, names)
     preprocessing = Preprocessing(
         info.image_size,
@@ -219,7 +220,11 @@ def _reach_stores(
 
 
 def _load(
-    options: Options, workers: dataflow.Workers | None, on_gpu: bool, warnings: list[str]
+    options: Options,
+    workers: dataflow.Workers | None,
+    elsewhere: bool,
+    on_gpu: bool,
+    warnings: list[str],
 ) -> tuple[LoadSpec, ModelInfo]:
     """What each worker will load, and what is known of it since it was loaded here."""
     from models.loading import BFLOAT16, Hints, LoadSpec, ModelError, default_copies, load
@@ -235,10 +240,11 @@ def _load(
         copies=options.inference_threads or _copies(workers) or default_copies(on_gpu),
         engine=options.engine,
     )
-    if options.precision == "bfloat16" and not BFLOAT16 and not workers:
+    if options.precision == "bfloat16" and not on_gpu and (elsewhere or not BFLOAT16):
+        where = "CPUs of the workers that have" if elsewhere else "this CPU has"
         warnings.append(
-            "--precision bfloat16: this CPU has none that is faster (neither AMX nor AMD's "
-            "AVX-512 BF16), so the layers stay in float32"
+            f"--precision bfloat16: {where} neither AMX nor AMD's AVX-512 BF16, by which it is "
+            f"faster, {'compute' if elsewhere else 'so the layers stay'} in float32"
         )
     if options.top_k and options.outputs:
         spec = dataclasses.replace(spec, outputs=tuple(sorted({*options.outputs, "logits"})))

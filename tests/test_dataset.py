@@ -737,6 +737,8 @@ def retried(output, fresh, reread=()):
         (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/a@70", "/in/a", 5)])], ["/in/a"], True),
         (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/a#5", "/in/a", 5)])], ["/in/a"], False),
         (("/in/a#9", "/in/a", 9), [(FAILURES, [("/in/b@70", "/in/b", 5)])], ["/in/a"], False),
+        # It could not be read at all, and was, to its end or to the damage.
+        (("/in/a", "/in/a", None), [(FAILURES, [("/in/a@70", "/in/a", 5)])], ["/in/a"], False),
     ],
 )
 def test_a_failure_stays_unless_it_is_tried_again(tmp_path, failure, fresh, reread, stays):
@@ -770,6 +772,25 @@ def test_what_an_attempt_after_the_commit_has_written_does_not_stay(tmp_path):
     verdict = commit(publication(tmp_path, "r1"), [part])
     again = write_part(tmp_path, FEATURES, "r1-b", images(0))
     assert commit(publication(tmp_path, "r1"), [again]) == verdict
+    assert files_below(tmp_path) == ["_SUCCESS", part.path, "manifest.json"]
+
+
+def test_an_attempt_that_finds_another_one_committing_deletes_nothing(tmp_path, monkeypatch):
+    """On a store, where two attempts of one commit may run at once."""
+    part = write_part(tmp_path, FEATURES, "r1-a", images(0))
+    run = publication(tmp_path, "r1")
+    look = dataset.list_parts
+
+    def meanwhile(output):  # the other commits between this one's two looks
+        monkeypatch.setattr(dataset, "list_parts", look)
+        found = look(output)
+        commit(run, [part])
+        return found
+
+    monkeypatch.setattr(dataset, "list_parts", meanwhile)
+    monkeypatch.setattr(files, "alone", lambda folder: contextlib.nullcontext())
+    assert commit(run, [part])["status"] == "complete"
+    assert published(tmp_path) == good(0)
     assert files_below(tmp_path) == ["_SUCCESS", part.path, "manifest.json"]
 
 

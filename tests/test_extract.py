@@ -280,6 +280,16 @@ def test_top_classes_with_names(tmp_path, job):
         assert "logits" not in row
 
 
+def test_bfloat16_that_would_be_slower_is_float32_and_told(tmp_path, job, monkeypatch):
+    monkeypatch.setattr(loading, "BFLOAT16", False)
+    monkeypatch.setattr(loading, "_loaded", {})
+    folder = write_pictures(tmp_path / "in", different(2))
+    exact = job(folder, output=tmp_path / "exact").rows("features")
+    ran = job(folder, precision="bfloat16")
+    assert "so the layers stay in float32" in ran.manifest["warnings"][0]
+    assert ran.rows("features") == exact
+
+
 @pytest.mark.parametrize("vector_type", ["list", "fixed_size_list"])
 def test_a_result_is_read_as_the_readme_has_it(tmp_path, job, monkeypatch, vector_type):
     folder = write_pictures(tmp_path / "in", different(5))

@@ -2,12 +2,15 @@
 
 from collections import Counter
 
+import exports
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import networks
+from models.catalog import ONE_CELL
 from models.folding import fold
 from models.fusing import (
     can_fuse,
@@ -360,6 +363,45 @@ def test_odd_pixels_of_a_pool_as_slim_takes_them():
     assert close(run(graph), wanted)
     assert (ops(graph)["AvgPool"], ops(graph)["StridedSlice"]) == (0, 0)
     assert ops(graph)["DepthwiseConv2dNative"] == 1
+
+
+def slims_reduction(layers, x: tf.Tensor, filters: int, scope: str) -> tf.Tensor:
+    """A factorized reduction as TF-Slim writes it: pools of single pixels, where ours strides."""
+    odd = tf.pad(x, [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :]
+    even, odd = (tf.nn.avg_pool2d(net, 1, 2, "VALID") for net in (x, odd))
+    half = filters // 2
+    paths = [
+        layers.conv(even, half, f"{scope}/path1_conv"),
+        layers.conv(odd, filters - half, f"{scope}/path2_conv"),
+    ]
+    return layers.batch_norm(tf.concat(paths, 3), f"{scope}/final_path_bn")
+
+
+def test_a_network_as_slim_writes_it_becomes_the_operations_of_ours(monkeypatch):
+    def folded() -> tuple[Counter, Counter, np.ndarray]:
+        with tf.Graph().as_default() as built:
+            x = tf.compat.v1.placeholder(tf.float32, networks.image_shape(ONE_CELL), "x")
+            weights = exports.values()
+            made = networks.build(
+                ONE_CELL, "classification", lambda name, shape: tf.constant(weights[name]), x
+            )
+            tf.identity(made.end_points["Logits"], name="y")
+        graph = Graph(built.as_graph_def(), ["y"])
+        before = ops(graph)
+        fold(graph)
+        take_odd_pixels(graph)
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            tf.graph_util.import_graph_def(graph.to_def(graph.weights), name="")
+            return before, ops(graph), session.run("y:0", {"x:0": exports.pictures()})
+
+    _, ours, wanted = folded()
+    monkeypatch.setattr(networks._Layers, "factorized_reduction", slims_reduction)
+    before, slims, got = folded()
+    assert before["AvgPool"] > slims["AvgPool"]
+    assert {op: n for op, n in slims.items() if op != "Const"} == {
+        op: n for op, n in ours.items() if op != "Const"
+    }
+    assert np.array_equal(got, wanted)
 
 
 def test_odd_pixels_of_unknown_sides():

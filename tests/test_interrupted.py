@@ -158,9 +158,11 @@ def test_a_job_that_may_go_on_elsewhere_is_told_of(error, goes_on, tmp_path, mon
     model = exports.exported("saved_model", "classification")
     flags = {"input": tmp_path / "a.jpg", "model": model, "output": tmp_path / "out"}
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    argv += ["--precision", "bfloat16"]
     argv.append("--job_name=elsewhere")  # Beam's flags are looked at where there are any
     assert extract.main(argv) == 1
     assert "--inference_threads is not given" in caplog.text
+    assert "CPUs of the workers that have neither AMX" in caplog.text
     assert ("the job may go on" in caplog.text) is goes_on
 
 

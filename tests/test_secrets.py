@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import apache_beam as beam
 import exports
@@ -111,7 +112,7 @@ def test_user_and_password_of_an_address_are_sent_to_its_host_alone():
 
 def test_addresses_are_asked_for_as_browsers_do(monkeypatch):
     waited = []
-    monkeypatch.setattr(retries.time, "sleep", waited.append)
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=waited.append))
     with servers.http_site() as site:
         site.give("/%C3%A9t%C3%A9%201.jpg?q=a%20b&c=%2F", b"picture")
         for written in ("/été 1.jpg?q=a b&c=%2F", "/%C3%A9t%C3%A9%201.jpg?q=a%20b&c=%2F"):

@@ -266,6 +266,22 @@ def test_a_picture_that_lost_what_lay_behind_it_is_no_whole_one(keys, last):
     assert damage == (at, 2, "MissingEnd")
 
 
+def test_a_column_of_its_own_member_may_lie_behind_the_json():
+    members = [(f"{n}.{e}", d) for n in range(2) for e, d in (("jpg", b"7"), ("json", b"{}"))]
+    data = tar(*members, ("1.txt", b"words"))
+    at = offsets(data)[4]
+    keys = ExampleKeys(label=None, columns=("txt",))
+    assert shape(read(data[:at], keys)) == [(0, b"7"), (1, "MissingFeature"), (at, 2, "MissingEnd")]
+
+
+def test_a_sample_before_the_end_mark_is_whole_whatever_follows_it():
+    data = tar(("0.jpg", b"7"), ("0.txt", b"words"), ("1.jpg", b"8"))
+    keys = ExampleKeys(label=None, columns=("txt",))
+    *found, damage = shape(read(data + b"junk" * 200, keys))
+    assert found == [(0, b"7"), (1, b"8")]
+    assert damage[2] == "BadHeader"
+
+
 def test_a_label_that_lay_behind_the_cut_is_missed_where_others_have_one():
     labelled = [(f"{n}.{e}", b"7") for n in range(2) for e in ("jpg", "zzz", "cls")]
     data = tar(*labelled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _READ_AHEAD = 32  # image files being read at once
 _UNKNOWN_BYTES = 4 << 20  # what a file weighs whose size was not listed
 
 Retried = Callable[[], None]
+
+log = logging.getLogger("pipeline")
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ class Finished:
         try:
             return cls() if path is None else cls(DigestSet.stored(_mapped(path)))
         except FileNotFoundError:
+            log.warning("%s is gone: what is finished is done again, or the job is over", path)
             return cls()
 
     @staticmethod
