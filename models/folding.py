@@ -140,14 +140,14 @@ def _stride_by_convolutions(graph: Graph) -> None:
         reading = readers[pool.name]
         if not (single and plain and reading) or waits(pool) or pool.name in graph.keep:
             continue
-        if all(_reads_single_pixels(graph, reader, pool) for reader in reading):
+        if all(reads_single_pixels(graph, reader, pool, 1) for reader in reading):
             for conv in reading:
                 conv.input[0] = pool.input[0]
                 conv.attr["strides"].CopyFrom(pool.attr["strides"])
 
 
-def _reads_single_pixels(graph: Graph, node: Any, source: Any) -> bool:
-    """Whether `node` is a convolution of 1 x 1 of all that `source` holds."""
+def reads_single_pixels(graph: Graph, node: Any, source: Any, stride: int) -> bool:
+    """Whether `node` is a convolution of 1 x 1 of `source`, of one pixel in `stride` each way."""
     if node.op != "Conv2D" or node_name(node.input[0]) != source.name:
         return False
     kernel = _plain_kernel(graph, node)
@@ -155,7 +155,7 @@ def _reads_single_pixels(graph: Graph, node: Any, source: Any) -> bool:
         kernel is not None
         and kernel.shape[:2] == (1, 1)
         and node.attr["padding"].s in (b"SAME", b"VALID")
-        and list(node.attr["strides"].list.i) == [1, 1, 1, 1]
+        and list(node.attr["strides"].list.i) == [1, stride, stride, 1]
     )
 
 

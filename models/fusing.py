@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from models.folding import reads_single_pixels
 from models.graphs import Graph, kind, node_name, waits
 from models.runtime import BFLOAT16_KERNELS, op_def_registry, tf
 
@@ -175,7 +176,7 @@ def take_odd_pixels(graph: Graph) -> None:
             or not reading
             or not np.array_equal(graph.constant(pad.input[1]), at_the_end)  # type: ignore[arg-type]
             or not _drops_first(graph, cut)
-            or not all(_reads_every_other(graph, reader, cut) for reader in reading)
+            or not all(reads_single_pixels(graph, reader, cut, 2) for reader in reading)
         ):
             continue
         weights = graph.constant(reading[0].input[1])
@@ -203,17 +204,6 @@ def _drops_first(graph: Graph, cut: Any) -> bool:
         and np.array_equal(steps, [1, 1, 1, 1])  # type: ignore[arg-type]
         and [cut.attr[mask].i for mask in masks] == [0b1001, 0b1111, 0, 0, 0]
     )
-
-
-def _reads_every_other(graph: Graph, node: Any, source: Any) -> bool:
-    """Whether `node` is a convolution of single pixels of `source`, of one in two each way."""
-    if node.op != "Conv2D" or node_name(node.input[0]) != source.name:
-        return False
-    kernel = graph.constant(node.input[1])
-    plain = node.attr["data_format"].s in (b"NHWC", b"")
-    unpadded = node.attr["padding"].s in (b"SAME", b"VALID")
-    single = kernel is not None and kernel.shape[:2] == (1, 1)
-    return plain and unpadded and single and list(node.attr["strides"].list.i) == [1, 2, 2, 1]
 
 
 def multiply_by_picture(graph: Graph) -> None:

@@ -101,8 +101,9 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
 
 
 # Whether there are kernels for it; whether layers are computed in it where that is asked for.
-BFLOAT16_KERNELS, BFLOAT16 = has_bfloat16(Path("/proc/cpuinfo").read_text())
-BFLOAT16_KERNELS, BFLOAT16 = BFLOAT16_KERNELS or bool(GPUS), BFLOAT16 or bool(GPUS)
+BFLOAT16_KERNELS, BFLOAT16 = (
+    found or bool(GPUS) for found in has_bfloat16(Path("/proc/cpuinfo").read_text())
+)
 
 
 def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:

@@ -397,7 +397,7 @@ class Options:
         for name in ("decode_seconds", "decode_memory"):
             if self.decode_isolation == "none" and getattr(self, name) != getattr(Options, name):
                 raise RequestError(
-                    f"--{name} {getattr(self, name):g}: bounds the processes that decode, and "
+                    f"--{name} {getattr(self, name)}: bounds the processes that decode, and "
                     "--decode_isolation none has none; leave one of them out"
                 )
         if self.stop_after and self.sink != "null":

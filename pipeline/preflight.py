@@ -211,11 +211,6 @@ def _reach_stores(
     stores = {"/".join(path.split("/")[:3]): path for path in stored if files.is_remote(path)}
     for path in stores.values():
         reach.check(path)
-    if beam_args and portable.goes_on(beam_args) and options.inference_threads is None:
-        warnings.append(
-            "--inference_threads is not given: workers elsewhere run as many batches at once as "
-            "suits this machine; give the cores of one of them"
-        )
     return workers
 
 
@@ -240,6 +235,11 @@ def _load(
         copies=options.inference_threads or _copies(workers) or default_copies(on_gpu),
         engine=options.engine,
     )
+    if elsewhere and not workers and options.inference_threads is None:
+        warnings.append(
+            "--inference_threads is not given: workers elsewhere run as many batches at once as "
+            "suits this machine; give the cores of one of them"
+        )
     if options.precision == "bfloat16" and not on_gpu and (elsewhere or not BFLOAT16):
         where = "CPUs of the workers that have" if elsewhere else "this CPU has"
         warnings.append(

@@ -39,7 +39,7 @@ _PERMANENT = (
 def attempt(
     function: Callable[[], Result], path: str, on_retry: Callable[[], None] = ignore
 ) -> Result:
-    """`function()`, which reads at `path`, up to `TRIES` times, `REMOTE_TRIES` at an address.
+    """`function()`, which reads or writes at `path`: `TRIES` times, `REMOTE_TRIES` at an address.
 
     `on_retry` is called between, and some time let pass: up to 6 s in all, or as a server asks.
     Raises OSError: at once where another try would change nothing (FileNotFoundError,

@@ -8,9 +8,10 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 import pytest
+from test_dataset import publication
 
 from formats import table
-from formats.dataset import Publication, publish
+from formats.dataset import publish
 from formats.manifest import read_manifest
 from formats.overview import look, most_alike, principal_places
 from formats.parts import FAILURES, FEATURES, PartWriter
@@ -47,15 +48,7 @@ def write(output, *files, failures=(), groups=1, **changes):
         writer = PartWriter(str(output), FAILURES, "part-r1-f", batch.schema, "zstd")
         writer.write(batch)
         parts.append(writer.close())
-    run = Publication(
-        str(output),
-        "r1",
-        if_exists="error",
-        replaces=None,
-        max_failure_rate=1.0,
-        compression="zstd",
-        described={"model": {}},
-    )
+    run = publication(output, "r1", max_failure_rate=1, described={"model": {}})
     publish(run, parts, 0, dict)
     return str(output), read_manifest(str(output))
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pictures import jpeg, truncated
+from test_dataset import publication
 
 from formats import table
-from formats.dataset import Publication, publish
+from formats.dataset import publish
 from formats.example import ExampleKeys, serialize_example
 from formats.inputs import Source, infer_types, list_units, survey
 from formats.parts import FAILURES, FEATURES, PartWriter
@@ -41,15 +42,7 @@ def output_of(folder, failed, done=(), input_format="auto"):
             writer.write(batch)
             parts.append(writer.close())
     described = {"options": {"input_format": input_format}, "model": {}}
-    run = Publication(
-        str(folder),
-        "r1",
-        if_exists="error",
-        replaces=None,
-        max_failure_rate=1.0,
-        compression="zstd",
-        described=described,
-    )
+    run = publication(folder, "r1", max_failure_rate=1, described=described)
     publish(run, parts, 0, lambda: {"seconds": 1})
     return str(folder)
 

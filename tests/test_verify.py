@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from test_dataset import publication
 
 from formats import table
-from formats.dataset import Publication, publish
+from formats.dataset import publish
 from formats.parts import FAILURES, FEATURES, PartWriter, open_part
 from formats.records import Failure, Features, ImageRef
 from formats.table import TableSpec
@@ -66,15 +67,7 @@ def write_part(output, kind, name, rows, made=None):
 
 def commit(output, *parts):
     described = {"options": {}, "model": {"fingerprint": "f1", "outputs": {"embedding": WIDTH}}}
-    run = Publication(
-        str(output),
-        "r1",
-        if_exists="error",
-        replaces=None,
-        max_failure_rate=1.0,
-        compression="zstd",
-        described=described,
-    )
+    run = publication(output, "r1", max_failure_rate=1, described=described)
     assert publish(run, parts, 0, dict)["status"] == "complete"
     return Path(output)
 
