@@ -185,7 +185,10 @@ def _find_remote(pattern: str) -> Iterator[FileInfo]:
     # A name may hold a glob's characters; one look is less than listing twice.
     literal = not _GLOB.search(pattern) or is_file(pattern)
     named = not pattern.endswith("/") and not _is_bucket(pattern)
-    found = _match(glob.escape(pattern) if literal else pattern) if named else []
+    found = _match(glob.escape(pattern) if literal else _wide(pattern)) if named else []
+    if not literal and "/**/" in pattern:
+        within = _beams_regex(pattern).replace("/.*/", "/(?:.*/)?")
+        found = [info for info in found if re.match(within, info.path)]
     whole_folder = not found
     if whole_folder:
         found = _match((glob.escape(pattern) if literal else pattern).rstrip("/") + "/**")
@@ -193,6 +196,17 @@ def _find_remote(pattern: str) -> Iterator[FileInfo]:
         name = info.path.rpartition("/")[2]
         if name and not (whole_folder and _hidden(name)):
             yield info
+
+
+def _wide(pattern: str) -> str:
+    """A pattern of Beam's for all that `pattern` means, and more: `**/` may stand for no folder."""
+    return pattern.replace("/**/", "/**")
+
+
+def _beams_regex(pattern: str) -> str:
+    from apache_beam.io.filesystem import FileSystem
+
+    return str(FileSystem.translate_pattern(pattern))
 
 
 def _match(pattern: str, limit: int | None = None) -> list[FileInfo]:
@@ -441,7 +455,8 @@ def abandoned(path: str) -> bool:
         return True
     try:
         with open(path, "rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, which the writer's lock keeps out too; NFS gives no other to a mere reader.
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

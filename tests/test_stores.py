@@ -121,6 +121,20 @@ def test_names_that_look_like_globs_are_names(road):
     assert len(files.list_folder(folder)) == 3
 
 
+def test_two_stars_stand_for_no_folder_too(road):
+    folder = f"{road.store.uri}/deep"
+    put(folder, {"a.jpg": b"1", "x/b.jpg": b"22", "x/y/c.jpg": b"333", "a.txt": b"", "xa.jpg": b""})
+
+    def found(pattern):
+        return [info.path.removeprefix(f"{folder}/") for info in files.find(f"{folder}/{pattern}")]
+
+    assert found("**/*.jpg") == ["a.jpg", "x/b.jpg", "x/y/c.jpg", "xa.jpg"]
+    assert found("**/a.jpg") == ["a.jpg"]
+    assert found("x/**/*.jpg") == ["x/b.jpg", "x/y/c.jpg"]
+    assert found("*/**/c.jpg") == ["x/y/c.jpg"]
+    assert found("**") == ["a.jpg", "a.txt", "x/b.jpg", "x/y/c.jpg", "xa.jpg"]
+
+
 # --- the whole job -------------------------------------------------------------------------------
 
 
