@@ -28,7 +28,7 @@ _NOTHING = "_generic_user_object"  # an object of a SavedModel that does nothing
 _GRADIENT = "_gradient_op_type"  # names an operation's own gradient
 _ALIAS = "feature_vector"  # of the embedding
 _SUMS = {"Add", "AddV2"}
-_LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", *_SUMS}
+_LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", "Cast", *_SUMS}
 _SIZES = {"Shape", "Size"}
 _LARGEST_SIZE = 1 << 16  # pixels a side; more is damage
 _MAPS = {"Mul", "RealDiv", "Sub", "Add", "AddV2"}
@@ -202,8 +202,21 @@ def _load_signatures(directory: str, proto: Any) -> Any:
     loader would build them all. Left whole where there are none of them, and where no signature
     tells what to run.
     """
+    several = len(proto.meta_graphs) > 1
+    if several:  # of an estimator, for serving, training and TPUs
+        told = [sorted(meta.meta_info_def.tags) for meta in proto.meta_graphs]
+        if told.count(["serve"]) != 1:
+            raise ModelError(
+                f"--model {directory}: its graphs are for {told}, and the one to run is that which "
+                "is for ['serve'] alone"
+            )
+        serving = proto.meta_graphs.pop(told.index(["serve"]))
+        del proto.meta_graphs[:]
+        proto.meta_graphs.append(serving)
     dropped = _drop_uncalled(proto.meta_graphs[0])
-    return _load_as(proto, directory) if dropped else tf.saved_model.load(directory)
+    if dropped or several:
+        return _load_as(proto, directory)
+    return tf.saved_model.load(directory)
 
 
 def _load_as(proto: Any, directory: str, tags: Sequence[str] | None = None) -> Any:
@@ -357,15 +370,15 @@ def _roles(directory: str, named: Mapping[str, tf.Tensor]) -> dict[str, tf.Tenso
 
 
 def _is_vector(tensor: tf.Tensor) -> bool:
-    """Whether `tensor` is float32 [N, width] or [N, 1, 1, width]."""
+    """Whether `tensor` is floating point [N, width] or [N, 1, 1, width]."""
     shape = tensor.shape
     square = shape.rank == 2 or (shape.rank == 4 and shape[1:3] == [1, 1])
-    return tensor.dtype == tf.float32 and square and bool(shape[-1])
+    return tensor.dtype.is_floating and square and bool(shape[-1])
 
 
 def _softmax_input(tensor: tf.Tensor) -> tf.Tensor | None:
     """What goes into the softmax that `tensor` is, in whatever shape; None if it is none."""
-    while tensor.op.type in ("Identity", "Reshape", "Squeeze"):
+    while tensor.op.type in ("Identity", "Reshape", "Squeeze", "Cast"):
         tensor = tensor.op.inputs[0]
     if tensor.op.type != "Softmax":
         return None
@@ -539,7 +552,11 @@ def _mapped_range(image: tf.Tensor) -> tuple[float, float] | None:
         for narrow, wide in ((0.5, 10.0), (100.0, 600.0)):
             for high in (1.0, 255.0):
                 width = abs(scale) * high
-                if narrow <= width <= wide and abs(offset) <= 2 * width:
+                # What maps [0, high] to around zero, or by a factor alone. A model that maps
+                # [-1, 1] to [0, 255] first moves zero up.
+                moved = offset if scale > 0 else -offset
+                around = moved == 0 or -width <= moved <= -0.05 * width
+                if narrow <= width <= wide and around:
                     return 0.0, high
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -82,6 +83,7 @@ MAPS = {
     "x-mean": (lambda x: x - MEAN, 255),
     "mean and std of [0,255]": (lambda x: (x - MEAN) / STD, 255),
     "-mean+x": (lambda x: -MEAN + x, 255),
+    "1-2x": (lambda x: x * -2.0 + 1.0, 1),
     "x/255, and its shape is read": (lambda x: x / 255.0 + 0.0 * tf.cast(tf.size(x), x.dtype), 255),
 }
 
@@ -101,6 +103,9 @@ UNTOLD = {
     "1-x": lambda x: 1.0 - x,
     "two ways": lambda x: x * 2.0 + tf.nn.relu(x),
     "x*40": lambda x: x * 40.0,
+    "[-1,1] to [0,255]": lambda x: x * 127.5 + 127.5,
+    "[-1,1] to [0,1]": lambda x: x * 0.5 + 0.5,
+    "[-1,1] less its mean": lambda x: x - 0.02,
 }
 
 
@@ -126,6 +131,42 @@ def test_a_range_that_is_given_goes_before_what_is_found_which_is_told(tmp_path,
     assert f"--value_range -1,1: the first operations of {directory} are for 0,255" in caplog.text
     images = PIXELS / np.float32(127.5) - 1
     assert close(model(PIXELS)["logits"], expected(images / 255))
+
+
+def test_vectors_of_half_precision_are_vectors(tmp_path):
+    """As Keras's mixed precision makes them."""
+
+    def run(images):
+        half = tf.cast(tf.reduce_mean(tf.nn.relu(images / 255.0), [1, 2]) @ KERNEL, tf.float16)
+        logits = tf.matmul(half, tf.constant(HEAD, tf.float16))
+        return {"probabilities": tf.nn.softmax(tf.cast(logits, tf.float32))}
+
+    got = loaded(saved(tmp_path / "m", run))(PIXELS)
+    wanted = np.maximum(PIXELS / np.float32(255), 0).mean((1, 2)) @ KERNEL
+    assert {name: rows.dtype for name, rows in got.items()} == dict.fromkeys(got, np.float32)
+    np.testing.assert_allclose(got["embedding"], wanted, atol=2e-3)
+    np.testing.assert_allclose(got["logits"], wanted @ HEAD, atol=2e-2)
+
+
+def test_of_graphs_for_several_uses_the_one_to_serve_is_run(tmp_path):
+    """As a TF1 estimator exports them, for TPUs too."""
+    alone = saved(tmp_path / "alone", lambda x: {"y": features(x / 255.0)})
+    proto = saved_model_pb2.SavedModel.FromString((tmp_path / "alone/saved_model.pb").read_bytes())
+
+    def several(name: str) -> str:
+        directory = shutil.copytree(alone, tmp_path / name)
+        (directory / "saved_model.pb").write_bytes(proto.SerializeToString())
+        return str(directory)
+
+    training = proto.meta_graphs.add()
+    training.CopyFrom(proto.meta_graphs[0])
+    training.meta_info_def.tags[:] = ["train"]
+    proto.meta_graphs.reverse()
+    got = loaded(several("both"))(PIXELS)["logits"]
+    np.testing.assert_array_equal(got, loaded(alone)(PIXELS)["logits"])
+    proto.meta_graphs[1].meta_info_def.tags[:] = ["serve", "tpu"]
+    with pytest.raises(ModelError, match=r"its graphs are for \[\['train'\], \['serve', 'tpu'\]\]"):
+        loaded(several("neither"))
 
 
 # --- the size ----------------------------------------------------------------------------------
@@ -513,6 +554,11 @@ def test_a_module_of_any_size_that_tells_none(tmp_path):
     with pytest.raises(ModelError, match="give --image_size"):
         loaded(directory)
     assert close(loaded(directory, image_size=SIZE)(PIXELS)["logits"], LOGITS)
+
+
+def test_the_size_that_is_given_counts_before_the_attached_one(tmp_path):
+    directory = save_module(tmp_path / "m", None, SIZE)
+    assert loaded(directory, image_size=SIZE + 1).info.image_size == SIZE + 1
 
 
 @pytest.mark.parametrize(
