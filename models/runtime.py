@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from storage.cores import available_cores
 from storage.imports import without
 
 # Lines of the native libraries before their log levels are in force.
@@ -66,7 +67,7 @@ def _share_arenas(most: int) -> None:
 
 
 _M_ARENA_MAX = -8  # of malloc.h
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 _share_arenas(max(2, CORES))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if platform.machine() == "x86_64":  # TensorFlow's own choice only from AVX-512 VNNI on
@@ -100,6 +101,8 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
             tf.zeros([]).numpy()  # starts the CPU device, which complains of the missing driver
 
 
+# A GPU that nobody hides and TensorFlow does not see: CUDA's libraries or its driver are not there.
+GPU_UNSEEN = _has_gpu and not GPUS and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 # Whether there are kernels for it; whether layers are computed in it where that is asked for.
 BFLOAT16_KERNELS, BFLOAT16 = (
     found or bool(GPUS) for found in has_bfloat16(Path("/proc/cpuinfo").read_text())
@@ -146,6 +149,7 @@ __all__ = [
     "BFLOAT16_KERNELS",
     "CORES",
     "GPUS",
+    "GPU_UNSEEN",
     "constant",
     "inline_variables",
     "meta_graph_pb2",

@@ -222,7 +222,15 @@ def _load(
     warnings: list[str],
 ) -> tuple[LoadSpec, ModelInfo]:
     """What each worker will load, and what is known of it since it was loaded here."""
-    from models.loading import BFLOAT16, Hints, LoadSpec, ModelError, default_copies, load
+    from models.loading import (
+        BFLOAT16,
+        GPU_UNSEEN,
+        Hints,
+        LoadSpec,
+        ModelError,
+        default_copies,
+        load,
+    )
 
     handle = options.model
     spec = LoadSpec(
@@ -239,6 +247,12 @@ def _load(
         warnings.append(
             "--inference_threads is not given: workers elsewhere run as many batches at once as "
             "suits this machine; give the cores of one of them"
+        )
+    if GPU_UNSEEN and not elsewhere and options.engine == "tensorflow":
+        warnings.append(
+            "TensorFlow does not see this machine's NVIDIA GPU, so that the CPU computes: "
+            "./setup_venv.sh requirements/gpu.txt adds CUDA's libraries; CUDA_VISIBLE_DEVICES=-1 "
+            "says that it is meant so"
         )
     if options.precision == "bfloat16" and not on_gpu and (elsewhere or not BFLOAT16):
         where = "CPUs of the workers that have" if elsewhere else "this CPU has"

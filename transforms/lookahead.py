@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
+
+from storage.cores import available_cores
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -17,7 +18,7 @@ Out = TypeVar("Out")
 @functools.cache
 def cpu_threads() -> ThreadPoolExecutor:
     """This process's threads for work that releases the GIL, one a core, shared by all bundles."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="cpu")
+    return ThreadPoolExecutor(available_cores(), thread_name_prefix="cpu")
 
 
 @functools.cache
