@@ -26,7 +26,7 @@ from models.fusing import (
 from models.graphs import PLAIN_KINDS, Graph, kind
 from models.handles import PREPARED, model_format, resolve
 from models.prepared import Prepared
-from models.runtime import BFLOAT16, CORES, GPUS, constant, tf, twin
+from models.runtime import BFLOAT16, CORES, GPU_UNSEEN, GPUS, constant, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
 
 TENSORFLOW, OPENVINO = "tensorflow", "openvino"
@@ -267,7 +267,8 @@ def _assemble(frozen: Frozen) -> Graph:
             name="model",
         )
         for role, tensor in zip(frozen.outputs, tensors, strict=True):
-            tf.reshape(tensor, [-1, frozen.widths[role]], name=role)
+            exact = tf.cast(tensor, tf.float32)  # nothing, but where the model ends in half of it
+            tf.reshape(exact, [-1, frozen.widths[role]], name=role)
     weights = {f"model/{name}": array for name, array in frozen.graph.weights.items()}
     graph = Graph(assembled.as_graph_def(), frozen.outputs, weights)
     fold(graph)
@@ -313,7 +314,7 @@ def _on_arrays(function: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]) -> Run:
 
     def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
         try:
-            return {name: out.numpy() for name, out in function(tf.constant(pixels)).items()}
+            return {name: out.numpy() for name, out in function(constant(pixels)).items()}
         except tf.errors.ResourceExhaustedError as error:
             raise OutOfMemory(str(error)[:300]) from error
 
@@ -323,6 +324,7 @@ def _on_arrays(function: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]) -> Run:
 __all__ = [
     "BFLOAT16",
     "EMBEDDING",
+    "GPU_UNSEEN",
     "LOGITS",
     "OPENVINO",
     "TENSORFLOW",

@@ -72,10 +72,11 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     )
     if plan.stop_after == "read":
         return count(read.images, [read.failures])
-    decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation)
+    handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype, plan.fingerprint)
+    _, at_once = handler.call_sizes
+    decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation, at_once)
     if plan.stop_after == "decode":
         return count(decoded.images, [read.failures, decoded.failures])
-    handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype, plan.fingerprint)
     extract: beam.PTransform = ExtractFeatures(handler)
     if plan.accelerator:  # fused with what is around it: no pixels move for it
         extract = extract.with_resource_hints(accelerator=plan.accelerator)

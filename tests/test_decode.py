@@ -70,6 +70,17 @@ def test_a_picture_that_cannot_be_used_is_a_failure_with_its_digest(data, how, e
     assert len(failure.message) < 500
 
 
+def test_what_waits_to_be_decoded_is_bounded_by_bytes():
+    step = decode._Decode(HOW, None)
+    step.setup()
+    step.start_bundle()
+    for n in range(4):
+        list(step.process(record(str(n), bytes(40 << 20))))
+        assert len(step._ahead._pending) == 1  # two are more than 64 MiB
+    assert len(list(step.finish_bundle())) == 2  # the last failure, and the timing
+    step.teardown()
+
+
 def test_every_kind_of_picture_goes_through_the_transform():
     good = pictures.good()
     images, failures = run([record(name, data) for name, data in good.items()])
@@ -163,3 +174,9 @@ def test_waiting_for_a_picture_is_told(monkeypatch):
     timing = Timing.total(out.timings)
     assert timing.decode >= 0.2
     assert timing.wait >= 0.1  # from when it was asked for
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, 128), (128, 128), (512, 1024)])
+def test_as_many_are_decoded_ahead_as_the_next_call_takes(at_once, most):
+    _, _, ahead = DecodeImages(HOW, None, at_once)._step
+    assert ahead == most

@@ -19,6 +19,7 @@ from formats.records import DecodedImage, Failure, Features, ImageRef
 from formats.timing import Timing
 from models.loading import LoadSpec, OutOfMemory
 from storage.errors import RunError
+from transforms import inference
 from transforms.inference import ExtractFeatures, FrozenModelHandler, infer_batch, run_padded
 from transforms.reuse import Known
 
@@ -98,14 +99,14 @@ def test_features_carry_all_that_is_known_of_the_image():
 
 
 def test_pythons_own_lack_of_memory_halves_the_batch_too(monkeypatch):
-    zeros = np.zeros
+    aligned, most = inference._aligned, 2 * image(0).pixels.size
 
-    def scarce(shape, dtype):
-        if shape[0] > 2:
+    def scarce(size):
+        if size > most:
             raise MemoryError("unable to allocate")
-        return zeros(shape, dtype)
+        return aligned(size)
 
-    monkeypatch.setattr(np, "zeros", scarce)
+    monkeypatch.setattr(inference, "_aligned", scarce)
     results, after, sizes = run(range(4))
     assert (failed(results), after, sizes) == ([], 2, [2, 2])
 
@@ -335,15 +336,19 @@ def test_a_picture_gets_the_same_vectors_in_whatever_batch():
     np.testing.assert_array_equal(results[3].vectors["logits"], alone[0].vectors["logits"])
 
 
-def test_what_float16_cannot_hold_is_a_failure_not_an_infinity():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_float16_cannot_hold_is_a_failure_not_an_infinity(sign):
     class Large(Model):
         def __call__(self, pixels):
-            return {name: rows * 1000 for name, rows in super().__call__(pixels).items()}
+            return {name: rows * sign * 1000 for name, rows in super().__call__(pixels).items()}
 
+    images = [image(v) for v in (1, 60, 32, 33)]
     largest = float(np.finfo("float16").max)
-    results, _ = infer_batch([image(v) for v in (1, 60, 32, 33)], Large(), 4, largest)
+    results, _ = infer_batch(images, Large(), 4, largest)
     assert failed(results) == [60, 33]  # 2 x 33 x 1000 is beyond 65504
     assert {r.error_class for r in results if isinstance(r, Failure)} == {"NotFinite"}
+    *rows, _ = FrozenModelHandler(LoadSpec("/m"), 4, "float16").run_inference(images, Large())
+    assert failed(rows) == [60, 33]
 
 
 # ---------------------------------------------------------------- pictures that came before

@@ -45,9 +45,10 @@ def decode_record(
 
 
 class _Decode(beam.DoFn):
-    def __init__(self, how: Preprocessing, limits: Limits | None):
+    def __init__(self, how: Preprocessing, limits: Limits | None, ahead: int = _AHEAD):
         self._how = how
         self._limits = limits
+        self._most_ahead = ahead
         self._open = contextlib.ExitStack()
 
     def setup(self) -> None:
@@ -65,7 +66,7 @@ class _Decode(beam.DoFn):
         return Lookahead(
             functools.partial(_timed, decode),
             cpu_threads(),
-            _AHEAD,
+            self._most_ahead,
             weigh=lambda record: len(record.data),
             start=_SOON,
         )
@@ -131,16 +132,17 @@ class DecodeImages(beam.PTransform):
     One thread a core decodes.
 
     Decoding runs ahead of the model within a bundle. For batch pipelines: all in one window.
-    With `limits` it happens in processes of its own, else in this one.
+    With `limits` it happens in processes of its own, else in this one. `at_once`: images that the
+    next step takes in one call. Where those are many, as for a GPU, as many more are decoded
+    meanwhile, or each call would wait for them.
     """
 
-    def __init__(self, how: Preprocessing, limits: Limits | None = None):
+    def __init__(self, how: Preprocessing, limits: Limits | None = None, at_once: int = 1):
         super().__init__()
-        self._how = how
-        self._limits = limits
+        self._step = how, limits, _AHEAD if at_once <= _AHEAD else 2 * at_once
 
     def expand(self, records: beam.PCollection[ImageRecord]) -> Any:
         """A PCollection of ImageRecord -> the outputs."""
-        return records | beam.ParDo(_Decode(self._how, self._limits)).with_outputs(
+        return records | beam.ParDo(_Decode(*self._step)).with_outputs(
             "failures", "timings", main="images"
         )
