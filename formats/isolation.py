@@ -48,6 +48,7 @@ _NICER = 10
 _REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
 _REPLY = struct.Struct("<III")  # bytes of an error's JSON, which follows (0: none), width, height
 _ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
+_PIECE = 4 << 20  # bytes on their way
 _NO_MEMORY = 77  # exit status of a process that has none left for the bytes themselves
 # What a process does to itself. Any other signal came from outside, and may not be the picture's.
 _OWN_FAULTS = {
@@ -61,7 +62,10 @@ _START = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one picture may take: `seconds` of time, `memory` in bytes beyond an idle process."""
+    """What one picture may take: `seconds` of time, `memory` in bytes beyond an idle process.
+
+    A process that gets a core only now and then may take longer, and no more of the core's time.
+    """
 
     seconds: float = 30.0
     memory: int = 2 << 30
@@ -317,10 +321,40 @@ class _Process:
     def ask(self, data: bytes) -> Pixels | ImageError:
         """What it makes of `data`. Raises TimeoutError; EOFError or ConnectionError if it died."""
         _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
-        length, width, height = _REPLY.unpack(_receive(self._connection, _REPLY.size))
+        length, width, height = _REPLY.unpack(self._answer())
         if length:
             return ImageError(*json.loads(_receive(self._connection, length)))
         return self._pixels.copy(), width, height
+
+    def _answer(self) -> bytes:
+        """The head of its answer. Raises TimeoutError."""
+        try:
+            return _receive(self._connection, _REPLY.size)
+        except TimeoutError:
+            most = self._connection.gettimeout() or 0.0
+        # On a busy machine it may have had little of a core, and is waited for; not so one that has
+        # a core for itself, or computes nothing.
+        slice_ = most / 10
+        begun = got = self._cpu_seconds()
+        self._connection.settimeout(slice_)
+        while True:
+            try:
+                head = _receive(self._connection, _REPLY.size)
+            except TimeoutError:
+                now = self._cpu_seconds()
+                if not 0.01 < (now - got) / slice_ < 0.5 or now - begun > most:
+                    raise
+                got = now
+            else:
+                self._connection.settimeout(most)
+                return head
+
+    def _cpu_seconds(self) -> float:
+        """The time of a core that it has had so far, in seconds; 0 where that cannot be told."""
+        try:
+            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+        except (OSError, ValueError):
+            return 0.0
 
     def end(self) -> tuple[int, str]:
         """Its exit status after killing it where it still runs, and its last words."""
@@ -343,6 +377,8 @@ def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
     pair = socket.socketpair(socket.AF_UNIX, kind)
     for end in pair:
         end.setblocking(True)
+        # A large picture in few pieces, as far as the kernel allows.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
     return pair
 
 

@@ -34,7 +34,26 @@ def speak() -> None:
     os.abort()
 
 
+def get_little_of_a_core() -> None:
+    """Takes 2.5 s, a fifth of which it computes, as behind others on a busy machine."""
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        begun = time.process_time()
+        while time.process_time() - begun < 0.01:
+            pass
+        time.sleep(0.04)
+
+
+def compute_forever() -> None:
+    """Hangs, and keeps its core busy."""
+    while True:
+        pass
+
+
 FAULTS = {
+    b"STARVED": get_little_of_a_core,
+    b"BUSY": compute_forever,
+    b"WARN": lambda: os.write(2, b"of another\n"),
     b"SPEAK": speak,
     b"ABORT": os.abort,
     b"SEGFAULT": lambda: ctypes.string_at(0),

@@ -189,6 +189,21 @@ def test_what_a_decoder_says_last_is_in_the_message(start):
     assert error.message.endswith("corrupted double-linked list")
 
 
+def test_a_decoder_that_gets_little_of_a_core_may_take_longer(start):
+    processes = start(Limits(seconds=1.5, memory=128 << 20))
+    np.testing.assert_array_equal(
+        processes.decode(PICTURE + b"STARVED")[0], decode_image(PICTURE, HOW)[0]
+    )
+    assert failure(processes, PICTURE + b"BUSY").error_class == "DecodeTimeout"
+    processes.decode(PICTURE)
+
+
+def test_what_a_decoder_says_of_one_picture_is_not_told_of_another(start):
+    processes = start()
+    processes.decode(PICTURE + b"WARN")
+    assert "of another" not in failure(processes, PICTURE + b"ABORT").message
+
+
 @pytest.mark.parametrize(
     ("kind", "error_class"),
     [
@@ -428,6 +443,9 @@ def test_in_a_job_each_fault_is_one_row_and_the_rest_is_whole(tmp_path, job, mon
     flags = {"decode_seconds": 1, "decode_memory": "128MiB", "max_failure_rate": 0.5}
     ran = job(tmp_path / "a.tfrecord", **flags)
     assert ran.code == 0, ran.stderr
+    told = " ".join(row["message"] for row in ran.rows("failures").values())
+    assert "--decode_seconds 1" in told
+    assert f"--decode_memory {128 << 20} bytes" in told
     assert ran.manifest["counts"] == {"images": 40, "features": 32, "failures": 8}
     assert ran.manifest["failures_by"] == {
         "decode/DecodeTimeout": 2,
