@@ -26,6 +26,7 @@ from storage.steady import SteadyStream
 
 IMAGES, MANIFEST, FAILURES = "images", "manifest", "failures"
 _HEAD_BYTES = 4096
+_DOUBTS = 5  # of one kind that are told
 _HEADS = 16  # files of which the beginning is looked at, where all names agree
 _IMAGES_A_UNIT = 128  # enough to fill batches, few enough to spread over workers
 _SAMPLED_FILES = 8  # files that are looked at for types
@@ -138,12 +139,15 @@ def survey(
     """
     sources, warnings = [], []
     output = output.rstrip("/")
+    patterns = list(patterns)
+    taken: dict[str, set[str]] = {}  # by format
     for pattern in patterns:
         if input_format == FAILURES:
-            failed = files.absolute(pattern)
+            failed = files.absolute(pattern).rstrip("/")
             if not replay.count_failures(failed) and not allow_empty:
                 raise RequestError(
-                    f"--input {pattern}: nothing failed there; the run would be empty; "
+                    f"--input {pattern}: nothing failed there that could be tried again; the run "
+                    "would be empty; "
                     "--allow_empty where that is expected"
                 )
             sources.append(Source(failed, FAILURES))
@@ -165,6 +169,15 @@ def survey(
             kind = detect_format(found) if input_format == "auto" else input_format
         except OSError as error:
             raise RequestError(f"--input {pattern}: cannot be read ({error})") from None
+        if len(patterns) > 1:
+            paths = {info.path for info in found}
+            for other, before in taken.items():
+                if other != kind and (both := paths & before):
+                    warnings.append(
+                        f"--input {pattern}: {min(both)} is read as {other}, as an earlier --input "
+                        f"has it, and not as {kind}; name it first, or leave it out of that one"
+                    )
+            taken.setdefault(kind, set()).update(paths)
         sources.append(Source(pattern, kind, output))
         if kind != IMAGES:
             warnings += _doubts(found)
@@ -203,8 +216,14 @@ def read_whole(sources: Iterable[Source], output: str) -> Iterator[str]:
     Named as in rows. Raises OSError.
     """
     for source in sources:
-        if source == Source(output, FAILURES):
-            yield from (failed.source for failed in replay.failed_sources(output))
+        if source == Source(output.rstrip("/"), FAILURES):
+            # Of other sources just what failed is read, and known by its place; what is missing at
+            # an end would not be told of again.
+            yield from (
+                failed.source
+                for failed in replay.failed_sources(output)
+                if failed.damage or (any(failed.images.values()) and not failed.lacking)
+            )
         elif source.format not in (IMAGES, FAILURES):
             yield from (utf8(info.path) or "" for info in files.find(source.pattern))
 
@@ -218,10 +237,18 @@ def _shard_lengths(path: str) -> dict[str, list[int]]:
 
 
 def _doubts(shards: Sequence[FileInfo]) -> list[str]:
-    """What of a set of shards looks incomplete, a line each."""
+    """What of a set of shards looks incomplete, a line each of the first ones."""
     empty = [f"{info.path}: zero bytes, so no record" for info in shards if not info.size]
-    missing = tfrecord.missing_shards(info.path for info in shards)
-    return empty + [f"{path}: this shard of its set is not there" for path in missing]
+    missing = [
+        f"{path}: this shard of its set is not there"
+        for path in tfrecord.missing_shards(info.path for info in shards)
+    ]
+    return [*_first(empty), *_first(missing)]
+
+
+def _first(lines: Sequence[str]) -> list[str]:
+    rest = len(lines) - _DOUBTS
+    return [*lines[:_DOUBTS], *([f"{rest} more like that last one"] if rest > 0 else [])]
 
 
 # --- units of work -----------------------------------------------------------------------------
@@ -280,14 +307,16 @@ def _limited(unit: Unit, limit: int, keys: ExampleKeys) -> tuple[Unit, int]:
         return dataclasses.replace(unit, files=unit.files[:limit]), len(unit.files[:limit])
     if unit.format == MANIFEST:
         return dataclasses.replace(unit, entries=unit.entries[:limit]), len(unit.entries[:limit])
-    count = 0
+    count, ends = 0, False
     try:
         found = containers.positions(unit.files[0], unit.format, keys, unit.wanted)
         for _ in itertools.islice(found, limit):
             count += 1
+        ends = count < limit
     except OSError:
         count += 1  # reading it will end in a failure, which counts as an image
-    return dataclasses.replace(unit, limit=count), count
+    # What ends before the limit is read to its end, where records may be known to be missing.
+    return dataclasses.replace(unit, limit=None if ends else count), count
 
 
 def _entries(info: FileInfo, keys: ExampleKeys) -> Iterator[Entry]:

@@ -12,6 +12,7 @@ import numpy as np
 from storage.secrets import hide
 
 MESSAGE_LIMIT = 500  # characters; the contract's bound on a failure's message
+DUPLICATE = "DuplicateKey"  # class of an image whose id is another's
 
 
 class ImageError(Exception):

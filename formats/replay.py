@@ -9,6 +9,7 @@ from typing import Any
 
 from formats.manifest import read_manifest
 from formats.parts import FAILURES, FEATURES, open_part
+from formats.records import DUPLICATE
 from storage import files
 from storage.errors import RequestError
 
@@ -19,8 +20,10 @@ _DATA = re.compile(rf"({FEATURES}|{FAILURES})/part-[^/]*\.parquet")
 class Failed:
     """What failed of one source: keys by record index, of images and of damaged places.
 
-    `images`: keys of failures without a record index, and whether each was not even read. `done`:
-    the indices that the output has, where something else may hide more of the source than itself.
+    `images`: keys of failures without a record index, and whether each stands for a source that
+    could not be opened, which may hold many. `done`: the indices that the output has, where
+    something else may hide more of the source than itself. `lacking`: whether records were missing
+    at its end.
     """
 
     source: str
@@ -28,6 +31,7 @@ class Failed:
     images: dict[str, bool] = field(default_factory=dict)
     damage: dict[int, str] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    lacking: bool = False
 
 
 def manifest_of(output: str) -> Mapping[str, Any]:
@@ -48,20 +52,26 @@ def manifest_of(output: str) -> Mapping[str, Any]:
 
 
 def count_failures(output: str) -> int:
-    """How many failures the manifest of `output` tells of. Raises RequestError."""
-    return int(manifest_of(output)["counts"].get(FAILURES, 0))
+    """How many failures of `output` can be tried again, by its manifest. Raises RequestError."""
+    reasons = manifest_of(output)["failures_by"].items()
+    return sum(count for reason, count in reasons if not reason.endswith(f"/{DUPLICATE}"))
 
 
 def failed_sources(output: str) -> Iterator[Failed]:
-    """The failures of `output` by source, in the order of their names. Raises OSError."""
+    """The failures of `output` by source, in the order of their names. Raises OSError.
+
+    Without images whose id is another's: the output has that one, and trying changes nothing of it.
+    """
     manifest = manifest_of(output)
     found: dict[str, Failed] = {}
-    for key, source, index, stage in _rows(
-        output, manifest, FAILURES, "key", "source", "record_index", "stage"
-    ):
+    columns = "key", "source", "record_index", "stage", "error_class"
+    for key, source, index, stage, error_class in _rows(output, manifest, FAILURES, *columns):
+        if error_class == DUPLICATE:
+            continue
         at = found.setdefault(source, Failed(source))
-        if index is None:
-            at.images[key] = stage == "read"
+        at.lacking |= error_class == "MissingRecords"
+        if index is None:  # too many bytes are a file's that was read as one image
+            at.images[key] = stage == "read" and error_class != "TooManyBytes"
         elif key.startswith(f"{source}@"):
             at.damage[index] = key
         else:

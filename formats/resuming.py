@@ -30,6 +30,7 @@ from storage import files
 from storage.errors import RequestError
 
 ROW_META = "image_features.rows"  # schema metadata: JSON of all that decides what a row holds
+_ADMITTING = {"formats", "max_pixels"}  # of pixels: whether there is a row at all
 _TOLD, _SHORT = 5, 40  # differences that are told of, and characters of a value in them
 _DERIVED = re.compile(r"-((settled|retried)-\d+|duplicates-\w+)\.parquet$")  # made of others
 _BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
@@ -227,6 +228,8 @@ def _other_rows(metadata: Mapping[bytes, bytes], rows: Mapping[str, Any]) -> str
     for made in (there, now):
         if isinstance(keys := made.get("keys"), list):  # by the flags that tell them
             made["keys"] = dict(zip(("image_key", "id_key", "label_key"), keys, strict=False))
+        if isinstance(pixels := made.get("preprocessing"), dict):
+            made["preprocessing"] = {k: v for k, v in pixels.items() if k not in _ADMITTING}
     told = [
         f"{name[:_SHORT]} ({_short(old)}, now {_short(new)})"
         for part, value in now.items()

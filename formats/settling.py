@@ -28,9 +28,7 @@ from formats.parts import (
     of_each,
     open_part,
 )
-from formats.records import Failure, one_line, place_key
-
-_DUPLICATE = "DuplicateKey"
+from formats.records import DUPLICATE, Failure, one_line, place_key
 
 
 def still_failed(
@@ -76,7 +74,7 @@ def still_failed(
                         digest in keys
                         or place_digest(source, index) in places
                         or (
-                            error_class != _DUPLICATE
+                            error_class != DUPLICATE
                             and (index is None or source not in damaged)
                             and key_digest(source) in whole
                         )
@@ -192,7 +190,7 @@ def _duplicate(row: tuple[Any, ...], winner: tuple[Any, ...], new_key: str) -> F
         source,
         None if place < 0 else place,
         "read",
-        _DUPLICATE,
+        DUPLICATE,
         one_line(f"the id {key[:100]} is that of {where[-300:]} too, which keeps it"),
         sha256,
     )

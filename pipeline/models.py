@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from models.catalog import FORMATS, HEADS, NETWORKS
-from pipeline.beam_flags import BEAM_FLAGS
-from pipeline.options import OneLineParser, joined, value_range_of
+from pipeline.options import OneLineParser, joined, split_beam, value_range_of
 from storage import files, reach, stdio
 from storage.errors import RequestError
 from storage.secrets import hide
@@ -216,23 +215,12 @@ def _spec(request: argparse.Namespace) -> LoadSpec:
     )
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our words and Beam's. Making a model needs none of Beam's, and has a --network of its own."""
-    ours: list[str] = []
-    beams: list[str] = []
-    value_follows = False
-    for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
-        is_beams = word.startswith("--") and name in BEAM_FLAGS and argv[0] != "export"
-        (beams if is_beams or value_follows else ours).append(word)
-        value_follows = is_beams and BEAM_FLAGS[name] and not value
-    return ours, beams
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one model command; returns the exit code: 0, or 2 where the request is wrong."""
     try:
-        ours, beams = _split(joined(sys.argv[1:] if argv is None else argv))
+        words = joined(sys.argv[1:] if argv is None else argv)
+        # Making a model needs none of Beam's flags, and has a --network of its own.
+        ours, beams = (words, []) if words[:1] == ["export"] else split_beam(words)
         request = parser().parse_args(ours)
         if beams:
             files.configure_stores(beams)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -298,8 +299,8 @@ class Options:
     )
     on_damage: str = knob(
         "record",
-        "damage inside a container: one failure row a damaged place and read on where possible, "
-        "or fail the run",
+        "damage inside a container, or one that cannot be read: one failure row a damaged place "
+        "and read on where possible, or fail the run",
         choices=("record", "fail"),
         why="one bad sector should not cost the rest",
     )
@@ -521,10 +522,43 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     return Options(**values), rest
 
 
-def check_beam_flags(rest: Sequence[str]) -> None:
+def parse_beside_beam(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """What `parser` makes of `argv`, or of the command line, and Beam's flags in it.
+
+    Those are taken out first: argparse would take the value of a flag that it does not know for a
+    positional argument. Raises RequestError.
+    """
+    ours, beams = split_beam(sys.argv[1:] if argv is None else argv)
+    request, unknown = parser.parse_known_args(ours)
+    own = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
+    check_beam_flags([*unknown, *beams], own)
+    return request, beams
+
+
+def split_beam(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of `argv` that are not Beam's, and its flags with their values.
+
+    Credentials among all of them are remembered, so that no text will show them.
+    """
+    know_flags(argv)
+    ours: list[str] = []
+    beams: list[str] = []
+    value_follows = False
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        is_beams = word.startswith("--") and name in BEAM_FLAGS
+        (beams if is_beams or value_follows else ours).append(word)
+        value_follows = is_beams and BEAM_FLAGS[name] and not value
+    return ours, beams
+
+
+def check_beam_flags(rest: Sequence[str], own: Iterable[str] | None = None) -> None:
     """Refuse what neither we nor Beam know: Beam itself would drop it with a log line.
 
-    Credentials among them are remembered, so that no text will show them.
+    Credentials among them are remembered, so that no text will show them. `own`: the names of the
+    command's flags, of the job's if not given.
     """
     know_flags(rest)
     value_may_follow = False
@@ -536,8 +570,8 @@ def check_beam_flags(rest: Sequence[str]) -> None:
             continue
         name, _, value = word[2:].partition("=")
         if name not in BEAM_FLAGS:
-            ours = [knob_field.name for knob_field in dataclasses.fields(Options)]
-            near = nearest_flag(name, [*ours, *BEAM_FLAGS])
+            own = own or [knob_field.name for knob_field in dataclasses.fields(Options)]
+            near = nearest_flag(name, [*own, *BEAM_FLAGS])
             raise RequestError(f"--{name}: no such flag, here or in Beam; {near}")
         value_may_follow = BEAM_FLAGS[name] and not value
 

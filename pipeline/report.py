@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from pipeline.options import OneLineParser, check_beam_flags
+from pipeline.options import OneLineParser, parse_beside_beam
 from storage import files, reach, stdio
 from storage.errors import RequestError
 
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     there = False
     try:
-        request, beam_args = parser().parse_known_args(argv)
-        check_beam_flags(beam_args)
+        request, beam_args = parse_beside_beam(parser(), argv)
         if not 1 <= request.rows <= MOST:
             raise RequestError(
                 f"--rows {request.rows}: from 1 to {MOST}, for each is compared with all others"

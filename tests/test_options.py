@@ -147,6 +147,7 @@ def test_dry_run_is_ours_and_not_forwarded():
         (["--formats", ","], "at least one"),
         (["--columns", "a,b,a", "--limit", "0"], "at least 1"),
         (["--fit", "crop"], "crop"),
+        (["--gpu", "type:nvidia-l4;count:1"], "a type alone"),
     ],
 )
 def test_what_cannot_stand_is_refused_in_one_line(flags, told):

@@ -21,6 +21,7 @@ from formats.parts import FAILURES, FEATURES, PartWriter
 from formats.records import Failure, Features, ImageRecord, ImageRef
 from formats.table import TableSpec
 from formats.tfrecord import write_record
+from storage import files
 from storage.errors import RequestError
 from transforms.sources import READERS, Reading
 
@@ -101,8 +102,24 @@ def test_image_files_are_read_by_source_and_keep_their_keys(tmp_path):
     out = output_of(tmp_path / "out", failed)
     two.write_bytes(b"it has come")
     assert sorted(again(out), key=str) == sorted(
-        [("gone.jpg", "FileNotFoundError"), str(one), f"{one}#7", "listed/b.jpg"], key=str
+        [("gone.jpg", "FileNotFoundError"), str(one), "listed/b.jpg"], key=str
     )
+
+
+def test_an_id_that_is_anothers_is_not_tried_again(tmp_path):
+    out = output_of(tmp_path / "out", [("/d/a.jpg#7", "/d/a.jpg", 7, "read", "DuplicateKey")])
+    with pytest.raises(RequestError, match="nothing failed there that could be tried again"):
+        survey([out], "failures", allow_empty=False)
+    sources, _ = survey([out], "failures", allow_empty=True)
+    assert list(list_units(sources, None)) == []
+
+
+def test_an_archive_among_pictures_is_no_container(tmp_path):
+    path = tmp_path / "backup.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.jpg"), io.BytesIO())
+    failed = [(str(path), str(path), None, "read", "TooManyBytes")]
+    assert again(output_of(tmp_path / "out", failed)) == [str(path)]
 
 
 def test_records_are_read_by_index(tmp_path):
@@ -263,3 +280,63 @@ def test_an_output_is_not_overwritten_by_its_own_failures(tmp_path, job):
     assert kept.manifest["counts"] == before["counts"]
     told = job(first.output, input_format="failures", if_exists="resume", retry_failures=True)
     assert told.manifest["counts"] == {"images": 3, "features": 3, "failures": 0}
+
+
+def test_a_record_behind_a_cut_that_nobody_sees_stays_failed(tmp_path, job):
+    path = tmp_path / "a.tfrecord"
+    with path.open("wb") as stream:
+        for data in (jpeg(), b"no picture"):
+            end = stream.tell()
+            write_record(stream, serialize_example({"image/encoded": data}))
+    first = job(path, max_failure_rate=1)
+    path.write_bytes(path.read_bytes()[:end])
+    flags = {"if_exists": "resume", "retry_failures": True, "max_failure_rate": 1}
+    ran = job(first.output, input_format="failures", **flags)
+    assert ran.manifest["counts"] == {"images": 2, "features": 1, "failures": 1}
+
+
+def test_records_that_are_missing_yet_stay_told(tmp_path, job):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = "d-train.tfrecord-00000-of-00001"
+    with (folder / name).open("wb") as stream:
+        write_record(stream, serialize_example({"image/encoded": jpeg()}))
+    told = {"splits": [{"name": "train", "shardLengths": ["3"]}]}
+    (folder / "dataset_info.json").write_text(json.dumps(told))
+    first = job(folder / name, max_failure_rate=1)
+    assert first.manifest["failures_by"] == {"read/MissingRecords": 1}
+    assert job(folder / name, output=tmp_path / "some", limit=9, max_failure_rate=1).manifest[
+        "failures_by"
+    ] == {"read/MissingRecords": 1}
+    flags = {"if_exists": "resume", "retry_failures": True, "max_failure_rate": 1}
+    ran = job(first.output, input_format="failures", **flags)
+    assert ran.manifest["failures_by"] == {"read/MissingRecords": 1}
+    with (folder / name).open("ab") as stream:
+        for n in range(2):
+            write_record(stream, serialize_example({"image/encoded": jpeg(50 + n)}))
+    ran = job(folder / name, **flags)
+    assert ran.manifest["counts"] == {"images": 3, "features": 3, "failures": 0}
+
+
+def test_a_container_that_opens_again_leaves_no_failure(tmp_path, job, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        with (tmp_path / "in" / f"{name}.tfrecord").open("wb") as stream:
+            for n in range(2):
+                write_record(stream, serialize_example({"image/encoded": jpeg(40 + n)}))
+    locked = str(tmp_path / "in" / "b.tfrecord")
+    really = files.open_read
+
+    def refuse(path, *args, **kwargs):
+        if path == locked:
+            raise PermissionError(13, "Permission denied", path)
+        return really(path, *args, **kwargs)
+
+    flags = {"input_format": "tfrecord", "max_failure_rate": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open_read", refuse)
+        first = job(tmp_path / "in", **flags)
+    assert first.manifest["counts"] == {"images": 3, "features": 2, "failures": 1}
+    flags = {"if_exists": "resume", "retry_failures": True}
+    ran = job(first.output, input_format="failures", **flags)
+    assert ran.manifest["counts"] == {"images": 4, "features": 4, "failures": 0}

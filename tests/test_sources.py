@@ -193,6 +193,8 @@ def test_a_file_that_cannot_be_read_is_one_failure(tmp_path):
     assert (failure.key, failure.source, failure.record_index) == (path, path, None)
     assert (failure.stage, failure.error_class) == ("read", "FileNotFoundError")
     assert failure.bytes == unit.files[0].size
+    with pytest.raises(RunError, match=r"cannot be read on after 0 images .*--on_damage record"):
+        list(read_container(unit, dataclasses.replace(HOW, on_damage="fail")))
 
 
 def test_a_store_that_fails_in_the_middle_keeps_what_came_before(tmp_path, monkeypatch):

@@ -449,6 +449,24 @@ def test_a_misspelt_flag_is_a_wrong_request(output, capsys):
     assert "did you mean" in capsys.readouterr().err
 
 
+def test_a_flag_of_beams_may_stand_before_the_output(output, capsys):
+    secret = "a-planted-secret"
+    flags = ["--s3_endpoint_url", "http://localhost:1", "--s3_secret_access_key", secret]
+    assert verify.main([*flags, str(output)]) == 0
+    assert verify.main([*flags, str(output / "no")]) == 2
+    assert verify.main(["--s3_secret_acces_key", secret, str(output)]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean --s3_secret_access_key?" in told
+    assert secret not in told
+
+
+def test_a_flag_of_the_jobs_is_none_of_this(output, capsys):
+    assert verify.main([str(output), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert "--quiet: no such flag" in told
+    assert "did you mean --quiet" not in told
+
+
 def test_it_is_a_command(output):
     call = [sys.executable, "-m", "pipeline.verify", str(output)]
     ended = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)

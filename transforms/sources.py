@@ -190,6 +190,11 @@ def _walk(
             # At no record's place: an earlier run may have finished the one that is missing.
             yield dataclasses.replace(_damaged(missing, source, how), record_index=None)
     except OSError as error:
+        if how.on_damage == "fail":  # nobody knows how many images it hides
+            raise RunError(
+                f"{source}: cannot be read on after {found} images ({error}); --on_damage record "
+                "would go on and note it as a failure"
+            ) from None
         yield Failure.of(ImageRef(source, source), "read", _why(error), size=info.size)
 
 
