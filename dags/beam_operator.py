@@ -33,6 +33,7 @@ with DAG(
     output = "{{ var.json.image_features.output }}/{{ ds }}"
     extract = RunPythonPipeline(
         task_id="extract",
+        max_active_tis_per_dag=1,
         py_file="pipeline.extract",
         py_options=["-m"],
         py_interpreter="{{ var.json.image_features.python }}",

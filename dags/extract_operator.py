@@ -78,6 +78,7 @@ class ExtractFeaturesOperator(BaseOperator):
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # a folder here called models would be ours
             start_new_session=True,
             preexec_fn=_end_with_parent,
         ) as self._child:

@@ -26,13 +26,14 @@ with DAG(
     schedule=CronDataIntervalTimetable("@daily", timezone="UTC"),
     start_date=datetime(2026, 1, 1, tzinfo=UTC),
     catchup=False,  # earlier days by `airflow backfill create`
-    max_active_runs=1,  # a run takes every core that it finds
+    max_active_runs=1,
     # 5, 10 and 20 minutes after a failure: what a job on Dataflow, going on alone, may need.
     default_args={"retries": 3, "retry_exponential_backoff": True},
     doc_md=__doc__,
 ) as dag:
     ExtractFeaturesOperator(
         task_id="extract",
+        max_active_tis_per_dag=1,  # it takes every core; a backfill counts its runs by itself
         py_interpreter="{{ var.json.image_features.python }}",
         runner="{{ var.json.image_features.runner | default('DirectRunner') }}",
         pipeline_options={

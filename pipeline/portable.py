@@ -27,12 +27,12 @@ def check(beam_args: Sequence[str]) -> None:
     if not served(beam_args):
         return
     told = view(beam_args, "PortableOptions")
-    image = view(beam_args, "WorkerOptions").sdk_container_image
     docker = told.environment_type in (None, "DOCKER")
-    if docker and not (told.environment_config or told.environment_options or image):
+    if docker and not (told.environment_config or told.environment_options):
         raise RequestError(
             "--environment_type is not given: workers would be Beam's own Docker image, which has "
-            "no TensorFlow; give EXTERNAL and --environment_config (docs/ENGINES.md), or an image"
+            "no TensorFlow; give EXTERNAL and --environment_config (docs/ENGINES.md), or DOCKER "
+            "and as --environment_config an image (--sdk_container_image is for Dataflow)"
         )
     host, _, port = told.job_endpoint.rpartition(":")
     try:

@@ -60,7 +60,8 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         """Start one worker; the answer tells what stood in the way, if anything did."""
         answer = beam_fn_api_pb2.StartWorkerResponse
         try:
-            environment = {**os.environ, **_environment(request)}
+            # A folder here called models would stand for ours.
+            environment = {**os.environ, "PYTHONSAFEPATH": "1", **_environment(request)}
             with self._lock:
                 if self._ended:
                     raise RuntimeError("the pool is ending, and starts no more workers")

@@ -120,6 +120,14 @@ def test_workers_without_tensorflow_are_refused():
     dataflow.check(wanted, [*BEAM[:2], "--requirements_file", "requirements/runtime.txt"])
 
 
+def test_workers_that_would_get_no_code_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(dataflow, "_SETUP_FILE", tmp_path / "setup.py")  # installed by pip
+    wanted, _ = options()
+    with pytest.raises(RequestError, match="start it from a checkout, or give --setup_file"):
+        dataflow.check(wanted, BEAM)
+    dataflow.check(wanted, [*BEAM, "--setup_file", "./setup.py"])
+
+
 @pytest.mark.parametrize("model", ["nasnet_mobile", "https://tfhub.dev/google/x/1", "s3://b/m"])
 def test_a_model_that_workers_can_fetch_is_taken(model):
     dataflow.check(options("--model", model)[0], BEAM)
@@ -440,4 +448,3 @@ def test_a_gpu_on_another_runner_is_refused(job, tmp_path):
     ran = job(tmp_path / "a.jpg", gpu="nvidia-l4")
     assert ran.code == 2
     assert "--gpu nvidia-l4: asks Dataflow for one" in ran.stderr
-    assert job(tmp_path / "a.jpg", gpu="type:nvidia-l4;count:1").code == 2
