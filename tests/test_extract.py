@@ -1,6 +1,7 @@
 """The job as a whole: the true `main([...])`, its files, columns, JSON line and exit codes."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -20,16 +21,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import good, jpeg, oriented, photo, truncated
+from pictures import encode, good, jpeg, oriented, photo, truncated
 from reference_weights import images
 
 from formats.example import serialize_example
 from formats.image import Preprocessing, decode_image
+from formats.isolation import Limits
 from formats.tfrecord import write_record
 from models import loading
 from pipeline import job as job_module
 from pipeline import preflight, verify
+from pipeline.options import parse
 from storage import files
+from storage.errors import RequestError
 
 ROOT = Path(__file__).parents[1]
 CLASSES, WIDTH, SIZE = 11, 48, 32
@@ -290,6 +294,14 @@ def test_bfloat16_that_would_be_slower_is_float32_and_told(tmp_path, job, monkey
     assert ran.rows("features") == exact
 
 
+def test_a_gpu_that_tensorflow_does_not_see_is_told_of(tmp_path, job, monkeypatch):
+    folder = write_pictures(tmp_path / "in", different(1))
+    assert "NVIDIA" not in job(folder, dry_run=True).stderr
+    monkeypatch.setattr(loading, "GPU_UNSEEN", True)
+    assert "does not see this machine's NVIDIA GPU" in job(folder, dry_run=True).stderr
+    assert "NVIDIA" not in job(folder, dry_run=True, engine="openvino").stderr
+
+
 @pytest.mark.parametrize("vector_type", ["list", "fixed_size_list"])
 def test_a_result_is_read_as_the_readme_has_it(tmp_path, job, monkeypatch, vector_type):
     folder = write_pictures(tmp_path / "in", different(5))
@@ -442,7 +454,7 @@ def test_bad_pictures_are_rows_with_a_reason(tmp_path, job):
         "cut.jpg": truncated(jpeg()),
         "empty.jpg": b"",
         "text.jpg": b"no picture at all",
-        "large.png": good()["rgb.png"] if "rgb.png" in good() else oriented(1),
+        "large.png": encode(np.zeros((220, 230, 3), np.uint8), "PNG"),
         "heavy.jpg": jpeg(300, 300, quality=100),
     }
     folder = write_pictures(tmp_path / "in", pictures)
@@ -454,6 +466,7 @@ def test_bad_pictures_are_rows_with_a_reason(tmp_path, job):
         "empty.jpg": "EmptyImage",
         "text.jpg": "UnsupportedFormat",
         "heavy.jpg": "TooManyBytes",
+        "large.png": "TooManyPixels",
     }
     row = ran.rows("failures")[str(folder / "cut.jpg")]
     assert row["stage"] == "decode"
@@ -536,6 +549,22 @@ def test_missing_shards_and_empty_files_are_told(tmp_path, job):
     assert len(ran.manifest["warnings"]) == 2
     for warning in ran.manifest["warnings"]:
         assert warning in ran.stderr
+
+
+def test_of_many_missing_shards_the_first_are_told(tmp_path, job):
+    path = write_tfrecord(tmp_path / "d-00000-of-01024", [{"image/encoded": jpeg()}])
+    warnings = job(path).manifest["warnings"]
+    assert len(warnings) == 6
+    assert warnings[-1] == "1018 more like that last one"
+
+
+def test_a_file_that_two_inputs_have_in_two_formats_is_told_of(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    (folder / "list.csv").write_text("uri\n0.jpg\n")
+    ran = job(folder, folder / "list.csv", max_failure_rate=1)
+    assert f"{folder}/list.csv is read as images, as an earlier --input" in ran.stderr
+    ran = job(folder / "list.csv", folder, output=tmp_path / "other", max_failure_rate=1)
+    assert f"{folder}/list.csv is read as manifest" in ran.stderr
 
 
 # --- other sources -----------------------------------------------------------------------------
@@ -973,6 +1002,18 @@ def test_resume_minds_no_option_that_changes_no_row(tmp_path, job):
     assert (ran.code, ran.line["skipped"]) == (0, 2)
 
 
+def test_resume_takes_pictures_that_were_not_admitted_before(tmp_path, job):
+    folder = write_pictures(
+        tmp_path / "in", {"a.tiff": encode(photo(40, 28), "TIFF"), "b.png": oriented(1)}
+    )
+    first = job(folder, formats="png,jpeg", max_image_pixels=5000, max_failure_rate=1)
+    assert first.manifest["counts"] == {"images": 2, "features": 1, "failures": 1}
+    flags = {"if_exists": "resume", "retry_failures": True}
+    ran = job(folder, formats="jpeg,png,tiff", max_image_pixels=6000, **flags)
+    assert ran.manifest["counts"] == {"images": 2, "features": 2, "failures": 0}
+    assert_true_manifest(ran)
+
+
 def test_resume_goes_on_from_a_killed_run(tmp_path, job):
     folder = write_pictures(tmp_path / "in", different(6))
     whole = job(folder, output=tmp_path / "whole", rows_per_file=2).rows("features")
@@ -1027,6 +1068,7 @@ DATAFLOW = {"runner": "DataflowRunner", "project": "p", "region": "r"}
         ({**NOBODY, **LOOPBACK}, "--job_endpoint localhost:1: no job server answers there"),
         ({**NOBODY, **LOOPBACK, "job_endpoint": "localhost"}, "give the HOST:PORT of one that"),
         (NOBODY, "--environment_type is not given"),
+        ({**NOBODY, "sdk_container_image": "i"}, "--environment_type is not given"),
         (DATAFLOW, "a path of this machine"),
         ({"input_format": "failures"}, "no output of this program"),
     ],
@@ -1127,12 +1169,67 @@ def test_keys_of_image_files_are_told_to_do_nothing(tmp_path, job):
 
 
 def test_a_dry_run_leaves_no_trace(tmp_path, job):
-    folder = write_pictures(tmp_path / "in", different(2))
+    folder = write_pictures(tmp_path / "in", {"0.jpg": b"nothing", **different(2)})
     ran = job(folder, dry_run=True)
     assert (ran.code, ran.line["status"]) == (0, "dry_run")
     assert not ran.output.exists()
     bad = write_pictures(tmp_path / "bad", {"a.jpg": b"nothing"})
-    assert job(bad, dry_run=True).code == 2
+    ran = job(bad, dry_run=True)
+    assert ran.code == 2
+    assert "none of the first images can be used" in ran.stderr
+
+
+def test_every_knob_reaches_the_plan(tmp_path):
+    write_pictures(tmp_path / "in", different(1))
+    words = {
+        "input": tmp_path / "in",
+        "model": exports.exported("saved_model", "classification"),
+        "output": tmp_path / "out",
+        "image_size": SIZE,
+        "value_range": "0,1",
+        "precision": "bfloat16",
+        "inference_threads": 3,
+        "formats": "png,jpeg",
+        "filter": "bilinear",
+        "max_image_pixels": 12345,
+        "decode_seconds": 7,
+        "decode_memory": "99MiB",
+        "compression": "snappy",
+        "embedding_dtype": "float16",
+    }
+    options, beam_args = parse([f"--{name}={value}" for name, value in words.items()])
+    plan = preflight.make_plan(options, beam_args, "r", 0.0)
+    assert plan.model == loading.LoadSpec(
+        words["model"], hints=loading.Hints(SIZE, (0.0, 1.0)), precision="bfloat16", copies=3
+    )
+    how = plan.preprocessing
+    assert (how.formats, how.max_pixels, how.filter) == (("png", "jpeg"), 12345, "bilinear")
+    assert plan.isolation == Limits(7.0, 99 << 20)
+    assert plan.publication.compression == "snappy"
+    assert plan.table.dtype == "float16"
+    by_openvino = dataclasses.replace(options, engine="openvino", precision="float32")
+    assert preflight.make_plan(by_openvino, beam_args, "r", 0.0).model.engine == "openvino"
+    wrong = dataclasses.replace(options, model_sha256="0" * 64)
+    with pytest.raises(RequestError, match="--model_sha256"):
+        preflight.make_plan(wrong, beam_args, "r", 0.0)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_data_files_are_compressed_as_told(tmp_path, job, compression):
+    ran = job(write_pictures(tmp_path / "in", different(1)), compression=compression)
+    (entry,) = ran.manifest["files"]
+    column = pq.ParquetFile(ran.output / entry["path"]).metadata.row_group(0).column(0)
+    assert column.compression == {"snappy": "SNAPPY", "none": "UNCOMPRESSED"}[compression]
+
+
+def test_a_record_behind_the_limit_stays_failed(tmp_path, job):
+    path = write_tfrecord(
+        tmp_path / "a.tfrecord", [{"image/encoded": data} for data in (jpeg(), b"bad")]
+    )
+    job(path, max_failure_rate=1)
+    flags = {"if_exists": "resume", "retry_failures": True, "max_failure_rate": 1}
+    ran = job(path, limit=1, **flags)
+    assert ran.manifest["counts"] == {"images": 2, "features": 1, "failures": 1}
 
 
 def test_a_fault_before_the_graph_is_one_line_and_the_json(tmp_path, job, monkeypatch):

@@ -173,6 +173,7 @@ def test_a_job_that_may_go_on_elsewhere_is_told_of(error, goes_on, tmp_path, mon
         ("resume", "--if_exists resume goes on from here"),
         # Of a picture that both runs have, resuming would keep the old row.
         ("overwrite", "run it again with --if_exists overwrite; the old output stands"),
+        ("null", "it wrote nothing; run it again"),
     ],
 )
 def test_an_interrupted_run_says_how_it_is_gone_on_with(if_exists, told, tmp_path):
@@ -180,7 +181,7 @@ def test_an_interrupted_run_says_how_it_is_gone_on_with(if_exists, told, tmp_pat
     (tmp_path / "a.jpg").write_bytes(jpeg())
     model = exports.exported("saved_model", "classification")
     flags = {"input": tmp_path / "a.jpg", "model": model, "output": tmp_path / "out"}
-    flags["if_exists"] = if_exists
+    flags |= {"sink": "null"} if if_exists == "null" else {"if_exists": if_exists}
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     code = [
         "import os, signal",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import apache_beam as beam
 import numpy as np
@@ -101,6 +102,18 @@ def test_files_roll_by_time(tmp_path, monkeypatch):
     monkeypatch.setattr(sink, "_FILE_SECONDS", -1.0)
     parts = write(tmp_path, [features(n) for n in range(4)])
     assert [part.rows for part in parts] == [1, 1, 1, 1]
+
+
+def test_each_file_of_a_bundle_has_its_own_time(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(sink, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    step = WriteFeatures(str(tmp_path), "r", SPEC)._write
+    step.start_bundle()
+    sizes = []
+    for n in range(8):
+        sizes += [part.rows for part in step.process(features(n))]
+        now[0] += sink._FILE_SECONDS / 2
+    assert sizes == [4, 4]
 
 
 def test_row_groups_are_bounded_by_bytes_carried_columns_too(tmp_path, monkeypatch):
