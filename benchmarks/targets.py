@@ -5,6 +5,7 @@ python -m benchmarks.targets        # writes the table, measures nothing
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -189,5 +190,12 @@ def show(folder: Path) -> None:
     results.show(folder, NAME, table(results.by_machine(folder)))
 
 
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
+    show(parser.parse_args().results)
+
+
 if __name__ == "__main__":
-    show(results.ROOT)
+    main()

@@ -36,6 +36,7 @@ _AWAY = "the job may go on where it runs: cancel it there, or let it end; after 
 _RESUME = "--if_exists resume goes on from here"
 # What such a run has written lies beside the old rows, of which resuming would keep those.
 _OVERWRITE = "run it again with --if_exists overwrite; the old output stands"
+_NOTHING = "it wrote nothing; run it again"
 _THROWN = re.compile(r"^(?:[\w.]+[.])?(\w*(?:Error|Exception|Exit|Interrupt|Memory)): *(.+)$", re.M)
 left_behind = _RESUME  # what is to be said of a run that ends before its time
 
@@ -46,6 +47,8 @@ def run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     """Run the job; returns what the JSON line tells. Raises RequestError before any work."""
     global left_behind
     left_behind = _OVERWRITE if options.if_exists == "overwrite" else _RESUME
+    if options.sink == "null" or options.dry_run:
+        left_behind = _NOTHING
     try:
         return _run(options, beam_args)
     finally:
