@@ -301,6 +301,7 @@ class _Process:
     def __init__(self, server: _ForkServer, connection: socket.socket, size: int, seconds: float):
         self.pid = 0
         self.files: list[int] = []
+        self._clock = -1
         self._server = server
         self._connection = connection
         self._connection.settimeout(seconds)
@@ -315,45 +316,48 @@ class _Process:
 
     def tell(self, how: Preprocessing) -> None:
         """Tell it how to decode, before the first picture."""
+        with contextlib.suppress(OSError):  # a kernel that keeps no such accounts
+            self._clock = os.open(f"/proc/{self.pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         text = json.dumps(dataclasses.asdict(how)).encode()
         _send(self._connection, _REQUEST.pack(len(text)), memoryview(text))
 
     def ask(self, data: bytes) -> Pixels | ImageError:
         """What it makes of `data`. Raises TimeoutError; EOFError or ConnectionError if it died."""
+        before = self._cpu_seconds()
         _send(self._connection, _REQUEST.pack(len(data)), memoryview(data))
-        length, width, height = _REPLY.unpack(self._answer())
+        length, width, height = _REPLY.unpack(self._answer(before))
         if length:
             return ImageError(*json.loads(_receive(self._connection, length)))
         return self._pixels.copy(), width, height
 
-    def _answer(self) -> bytes:
-        """The head of its answer. Raises TimeoutError."""
-        try:
-            return _receive(self._connection, _REPLY.size)
-        except TimeoutError:
-            most = self._connection.gettimeout() or 0.0
-        # On a busy machine it may have had little of a core, and is waited for; not so one that has
-        # a core for itself, or computes nothing.
-        slice_ = most / 10
-        begun = got = self._cpu_seconds()
-        self._connection.settimeout(slice_)
+    def _answer(self, before: float) -> bytes:
+        """The head of its answer; `before`: what it had of a core until then. Raises TimeoutError.
+
+        On a busy machine it may have had little of a core, and is waited for while it gets on.
+        """
+        most = self._connection.gettimeout() or 0.0
+        waits, had = most, before
         while True:
             try:
                 head = _receive(self._connection, _REPLY.size)
             except TimeoutError:
                 now = self._cpu_seconds()
-                if not 0.01 < (now - got) / slice_ < 0.5 or now - begun > most:
+                if now - before >= most or now - had < 0.01 * waits:
                     raise
-                got = now
+                waits, had = most / 10, now
+                self._connection.settimeout(waits)
             else:
-                self._connection.settimeout(most)
+                if waits != most:
+                    self._connection.settimeout(most)
                 return head
 
     def _cpu_seconds(self) -> float:
         """The time of a core that it has had so far, in seconds; 0 where that cannot be told."""
+        if self._clock < 0:
+            return 0.0
         try:
-            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
-        except (OSError, ValueError):
+            return int(os.pread(self._clock, 100, 0).split()[0]) / 1e9
+        except (OSError, ValueError, IndexError):  # it has ended
             return 0.0
 
     def end(self) -> tuple[int, str]:
@@ -365,7 +369,7 @@ class _Process:
     def close(self) -> None:
         """Let go of it."""
         self._connection.close()
-        for file in self.files:
+        for file in (*self.files, *([self._clock] if self._clock >= 0 else [])):
             os.close(file)
 
 

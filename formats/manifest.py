@@ -16,6 +16,7 @@ _FIELDS: dict[str, type] = {
     "run_id": str,
     "status": str,
     "counts": dict,
+    "failures_by": dict,
     "run": dict,
     "files": list,
 }

@@ -107,11 +107,6 @@ def check(options: Options, beam_args: Sequence[str]) -> None:
             "--runner DataflowRunner needs --sdk_container_image: Beam's own image has no "
             "TensorFlow, and every bundle would fail; deploy/README.md tells how to build ours"
         )
-    if not (setup.setup_file or setup.extra_packages or _SETUP_FILE.exists()):
-        raise RequestError(
-            f"--runner DataflowRunner: {_SETUP_FILE} is not there, by which workers get this code; "
-            "start it from a checkout, or give --setup_file"
-        )
     told = _told_accelerators(beam_args)
     service = [name for name in told if name.startswith("worker_accelerator")]
     hints = [name for name in told if name not in service]
@@ -167,6 +162,12 @@ def completed(beam_args: Sequence[str]) -> list[str]:
     if debug.number_of_worker_harness_threads is None:
         added += ["--number_of_worker_harness_threads", str(_HARNESS_THREADS)]
     return [*beam_args, *added]
+
+
+def sends_code(beam_args: Sequence[str]) -> bool:
+    """Whether workers are sent this code; else their image must hold it."""
+    setup = view(beam_args, "SetupOptions")
+    return bool(setup.setup_file or setup.extra_packages or _SETUP_FILE.exists())
 
 
 def is_waited_for(beam_args: Sequence[str]) -> bool:

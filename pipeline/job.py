@@ -32,7 +32,7 @@ COUNTED = "counted"  # --sink null
 SUBMITTED = "submitted"  # handed to a service, and not waited for
 EXIT_CODES = {COMPLETE: 0, COUNTED: 0, DRY_RUN: 0, SUBMITTED: 0, FAILED: 1, TOO_MANY: 3}
 COUNTS = ("images", "features", "failures", "skipped")
-_AWAY = "the job may go on where it runs: cancel it there, or let it end; after that only "
+_AWAY = "the job may go on where it runs: cancel it there, or let it end"
 _RESUME = "--if_exists resume goes on from here"
 # What such a run has written lies beside the old rows, of which resuming would keep those.
 _OVERWRITE = "run it again with --if_exists overwrite; the old output stands"
@@ -78,7 +78,8 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
     waited = dataflow.is_waited_for(beam_args)
     away = dataflow.is_dataflow(beam_args) or portable.goes_on(beam_args)
     if away:
-        left_behind = _AWAY + left_behind
+        wrote = left_behind != _NOTHING
+        left_behind = f"{_AWAY}; after that only {left_behind}" if wrote else _AWAY
     ended = False
     try:
         with contextlib.nullcontext() if options.quiet else progress.told(options.stop_after):

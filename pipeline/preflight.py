@@ -198,6 +198,11 @@ def _reach_stores(
         workers = dataflow.workers(options, beam_args)
         if dataflow.unbounded(beam_args):
             warnings.append("--max_num_workers is not given: the service's own bound is thousands")
+        if not dataflow.sends_code(beam_args):
+            warnings.append(
+                "--runner DataflowRunner: this is no checkout, so workers are not sent this code: "
+                "their image must hold it, or give --setup_file or --extra_package"
+            )
         if options.engine == "openvino":
             warnings.append(
                 "--engine openvino: every worker needs it, or all bundles fail; the image must "

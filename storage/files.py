@@ -185,28 +185,27 @@ def _find_remote(pattern: str) -> Iterator[FileInfo]:
     # A name may hold a glob's characters; one look is less than listing twice.
     literal = not _GLOB.search(pattern) or is_file(pattern)
     named = not pattern.endswith("/") and not _is_bucket(pattern)
-    found = _match(glob.escape(pattern) if literal else _wide(pattern)) if named else []
-    if not literal and "/**/" in pattern:
-        within = _beams_regex(pattern).replace("/.*/", "/(?:.*/)?")
-        found = [info for info in found if re.match(within, info.path)]
+    pattern = glob.escape(pattern) if literal else pattern
+    found = _match_glob(pattern) if named else []
     whole_folder = not found
     if whole_folder:
-        found = _match((glob.escape(pattern) if literal else pattern).rstrip("/") + "/**")
+        found = _match_glob(pattern.rstrip("/") + "/**")
     for info in sorted(found, key=lambda info: info.path):
         name = info.path.rpartition("/")[2]
         if name and not (whole_folder and _hidden(name)):
             yield info
 
 
-def _wide(pattern: str) -> str:
-    """A pattern of Beam's for all that `pattern` means, and more: `**/` may stand for no folder."""
-    return pattern.replace("/**/", "/**")
-
-
-def _beams_regex(pattern: str) -> str:
+def _match_glob(pattern: str) -> list[FileInfo]:
+    """What matches `pattern`, in which `**/` may stand for no folder, as Beam's may not."""
+    pattern = re.sub(r"/(\*\*/)+", "/**/", pattern)
+    found = _match(pattern.replace("/**/", "/**"))  # that, and more
+    if "/**/" not in pattern:
+        return found
     from apache_beam.io.filesystem import FileSystem
 
-    return str(FileSystem.translate_pattern(pattern))
+    within = re.compile(FileSystem.translate_pattern(pattern).replace("/.*/", "/(?:.*/)?"))
+    return [info for info in found if within.match(info.path)]
 
 
 def _match(pattern: str, limit: int | None = None) -> list[FileInfo]:

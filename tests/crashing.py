@@ -35,19 +35,24 @@ def speak() -> None:
 
 
 def get_little_of_a_core() -> None:
-    """Takes 2.5 s, a fifth of which it computes, as behind others on a busy machine."""
-    end = time.monotonic() + 2.5
+    """Computes a fifth of 3 s, as behind others on a busy machine, and then for half a second."""
+    end = time.monotonic() + 3
     while time.monotonic() < end:
-        begun = time.process_time()
-        while time.process_time() - begun < 0.01:
-            pass
+        compute(0.01)
         time.sleep(0.04)
+    compute(0.5)
+
+
+def compute(seconds: float) -> None:
+    """Takes so much of a core."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
 
 
 def compute_forever() -> None:
     """Hangs, and keeps its core busy."""
-    while True:
-        pass
+    compute(3600)
 
 
 FAULTS = {

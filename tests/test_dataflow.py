@@ -120,12 +120,12 @@ def test_workers_without_tensorflow_are_refused():
     dataflow.check(wanted, [*BEAM[:2], "--requirements_file", "requirements/runtime.txt"])
 
 
-def test_workers_that_would_get_no_code_are_refused(monkeypatch, tmp_path):
+def test_workers_that_are_sent_no_code(monkeypatch, tmp_path):
+    assert dataflow.sends_code(BEAM)
     monkeypatch.setattr(dataflow, "_SETUP_FILE", tmp_path / "setup.py")  # installed by pip
-    wanted, _ = options()
-    with pytest.raises(RequestError, match="start it from a checkout, or give --setup_file"):
-        dataflow.check(wanted, BEAM)
-    dataflow.check(wanted, [*BEAM, "--setup_file", "./setup.py"])
+    assert not dataflow.sends_code(BEAM)
+    assert dataflow.sends_code([*BEAM, "--setup_file", "./setup.py"])
+    assert dataflow.sends_code([*BEAM, "--extra_package", "features.tar.gz"])
 
 
 @pytest.mark.parametrize("model", ["nasnet_mobile", "https://tfhub.dev/google/x/1", "s3://b/m"])
@@ -423,7 +423,7 @@ def test_a_job_that_is_not_waited_for_keeps_what_it_will_read(make, gs, job, tmp
 
 
 @pytest.mark.engines
-def test_without_a_bound_of_workers_a_line_warns(gs, job):
+def test_without_a_bound_of_workers_a_line_warns(gs, job, monkeypatch, tmp_path):
     flags = {
         "model": f"{gs.uri}/model",
         "output": f"{gs.uri}/unbounded",
@@ -436,7 +436,9 @@ def test_without_a_bound_of_workers_a_line_warns(gs, job):
         **gs.flags,
     }
     assert "--max_num_workers is not given" in job(f"{gs.uri}/in/*", **flags).stderr
+    monkeypatch.setattr(dataflow, "_SETUP_FILE", tmp_path / "setup.py")
     bounded = job(f"{gs.uri}/in/*", max_num_workers=3, **flags)
+    assert "workers are not sent this code" in bounded.stderr
     assert bounded.code == 0, bounded.stderr
     assert "--max_num_workers" not in bounded.stderr
     other = job(f"{gs.uri}/in/*", engine="openvino", **flags)

@@ -190,7 +190,7 @@ def test_what_a_decoder_says_last_is_in_the_message(start):
 
 
 def test_a_decoder_that_gets_little_of_a_core_may_take_longer(start):
-    processes = start(Limits(seconds=1.5, memory=128 << 20))
+    processes = start(Limits(seconds=2.5, memory=128 << 20))
     np.testing.assert_array_equal(
         processes.decode(PICTURE + b"STARVED")[0], decode_image(PICTURE, HOW)[0]
     )

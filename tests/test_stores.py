@@ -132,7 +132,11 @@ def test_two_stars_stand_for_no_folder_too(road):
     assert found("**/a.jpg") == ["a.jpg"]
     assert found("x/**/*.jpg") == ["x/b.jpg", "x/y/c.jpg"]
     assert found("*/**/c.jpg") == ["x/y/c.jpg"]
-    assert found("**") == ["a.jpg", "a.txt", "x/b.jpg", "x/y/c.jpg", "xa.jpg"]
+    everything = ["a.jpg", "a.txt", "x/b.jpg", "x/y/c.jpg", "xa.jpg"]
+    assert found("**") == found("**/") == everything
+    assert found("**/**/*.jpg") == found("**/*.jpg")
+    assert found("**/x") == ["x/b.jpg", "x/y/c.jpg"]  # a folder
+    assert found("**/y/") == ["x/y/c.jpg"]
 
 
 # --- the whole job -------------------------------------------------------------------------------

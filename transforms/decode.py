@@ -133,8 +133,8 @@ class DecodeImages(beam.PTransform):
 
     Decoding runs ahead of the model within a bundle. For batch pipelines: all in one window.
     With `limits` it happens in processes of its own, else in this one. `at_once`: images that the
-    next step takes in one call. Where those are many, as for a GPU, as many more are decoded
-    meanwhile, or each call would wait for them.
+    next step takes in one call. Where those are many, as for a GPU or many cores, as many more are
+    decoded meanwhile (up to 64 MiB of encoded pictures), or each call would wait for them.
     """
 
     def __init__(self, how: Preprocessing, limits: Limits | None = None, at_once: int = 1):
