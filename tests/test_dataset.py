@@ -1037,8 +1037,8 @@ def test_files_that_are_no_parquet_are_not_whole(tmp_path, data):
 
 
 MANIFEST = (
-    '{"format_version": 1, "run_id": "r", "status": "complete", "counts": {}, "run": {}, "failures_by": {}, '
-    '"files": %s}'
+    '{"format_version": 1, "run_id": "r", "status": "complete", "counts": {}, "run": {}, '
+    '"failures_by": {}, "files": %s}'
 )
 
 
