@@ -200,7 +200,7 @@ def _load_signatures(directory: str, proto: Any) -> Any:
 
     A reusable one holds up to eight traces of the network and 361 losses besides, and TensorFlow's
     loader would build them all. Left whole where there are none of them, and where no signature
-    tells what to run.
+    tells what to run. Of several graphs the one for serving; ModelError where none is for it alone.
     """
     several = len(proto.meta_graphs) > 1
     if several:  # of an estimator, for serving, training and TPUs
