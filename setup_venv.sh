@@ -3,7 +3,11 @@
 # Called by run_local.sh and run_tests.sh. PYTHON names another interpreter than python3.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-lock="$1"
+lock="${1:?tell which lock to install, such as requirements/runtime.txt}"
+if [ ! -f "$lock" ]; then
+  echo "error: $lock: no such lock here; give its path, such as $root/requirements/runtime.txt" >&2
+  exit 2
+fi
 venv="$root/.venv"
 python="${PYTHON:-python3}"
 

@@ -9,17 +9,32 @@ operator `dataflow_config` and a temp_location besides.
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
+from typing import Any
 
 from airflow.providers.apache.beam.operators.beam import BeamRunPythonPipelineOperator
 from airflow.providers.standard.operators.bash import BashOperator
-from airflow.sdk import DAG
+from airflow.sdk import DAG, Context
 
 
 class RunPythonPipeline(BeamRunPythonPipelineOperator):
-    """Beam's operator, its interpreter templated too."""
+    """Beam's operator, its interpreter templated too, and a JSON object of further flags."""
 
-    template_fields = (*BeamRunPythonPipelineOperator.template_fields, "py_interpreter")
+    template_fields = (
+        *BeamRunPythonPipelineOperator.template_fields,
+        "py_interpreter",
+        "more_options",
+    )
+
+    def __init__(self, *, more_options: str = "{}", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.more_options = more_options
+
+    def execute(self, context: Context) -> Any:
+        """Run the job, with the further flags among its own."""
+        self.pipeline_options = {**self.pipeline_options, **json.loads(self.more_options)}
+        return super().execute(context)
 
 
 with DAG(
@@ -30,7 +45,7 @@ with DAG(
     default_args={"retries": 3},
     doc_md=__doc__,
 ) as dag:
-    output = "{{ var.json.image_features.output }}/{{ ds }}"
+    output = "{{ var.json.image_features.output.rstrip('/') }}/{{ ds }}"
     extract = RunPythonPipeline(
         task_id="extract",
         max_active_tis_per_dag=1,
@@ -39,16 +54,19 @@ with DAG(
         py_interpreter="{{ var.json.image_features.python }}",
         runner="{{ var.json.image_features.runner | default('DirectRunner') }}",
         pipeline_options={
-            "input": "{{ var.json.image_features.input }}/{{ ds }}/",
+            "input": "{{ var.json.image_features.input.rstrip('/') }}/{{ ds }}/",
             "allow_empty": True,
             "model": "{{ var.json.image_features.model }}",
             "output": output,
             "if_exists": "resume",
         },
+        more_options="{{ var.json.image_features.options | default({}) | tojson }}",
         deferrable=True,
     )
     verify = BashOperator(
         task_id="verify",
-        bash_command=f"{{{{ var.json.image_features.python }}}} -m pipeline.verify {output}",
+        bash_command='"$PYTHON" -m pipeline.verify "$OUTPUT"',
+        env={"PYTHON": "{{ var.json.image_features.python }}", "OUTPUT": output},
+        append_env=True,
     )
     extract >> verify

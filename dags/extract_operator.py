@@ -33,7 +33,8 @@ class ExtractFeaturesOperator(BaseOperator):
 
     `py_interpreter` is the Python of the job's environment, which is not Airflow's. `runner` and
     `pipeline_options` are as BeamRunPythonPipelineOperator takes them: the flags by name, True for
-    one without a value, a list for one that is repeated. `more_options` is a JSON object of further
+    one without a value, a list for one that is repeated; without `runner` the job's own default
+    counts. `more_options` is a JSON object of further
     ones, as a template can give it. All four are templated.
 
     XCom `return_value` is the job's JSON line, on exits 0, 1 and 3; `dataflow_job_id` the id of a
@@ -51,7 +52,7 @@ class ExtractFeaturesOperator(BaseOperator):
         py_interpreter: str,
         pipeline_options: Mapping[str, Any],
         more_options: str = "{}",
-        runner: str = "DirectRunner",
+        runner: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -64,7 +65,7 @@ class ExtractFeaturesOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, Any] | None:
         """Run the job; returns its JSON line."""
         flags = {
-            "runner": self.runner,
+            **({"runner": self.runner} if self.runner else {}),
             **self.pipeline_options,
             **json.loads(self.more_options),
         }

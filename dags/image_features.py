@@ -35,12 +35,12 @@ with DAG(
         task_id="extract",
         max_active_tis_per_dag=1,  # it takes every core; a backfill counts its runs by itself
         py_interpreter="{{ var.json.image_features.python }}",
-        runner="{{ var.json.image_features.runner | default('DirectRunner') }}",
+        runner="{{ var.json.image_features.runner | default('') }}",
         pipeline_options={
-            "input": "{{ var.json.image_features.input }}/{{ ds }}/",
+            "input": "{{ var.json.image_features.input.rstrip('/') }}/{{ ds }}/",
             "allow_empty": True,
             "model": "{{ var.json.image_features.model }}",
-            "output": "{{ var.json.image_features.output }}/{{ ds }}",
+            "output": "{{ var.json.image_features.output.rstrip('/') }}/{{ ds }}",
             "if_exists": "resume",
             # Fixed: Dataflow refuses a second job of this name while the first one runs.
             "job_name": "image-features-{{ ds }}",

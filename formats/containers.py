@@ -45,7 +45,7 @@ def walk(
     wanted: Wanted | None = None,
     on_retry: Callable[[], None] = ignore,
 ) -> Iterator[Record | Found | Damage]:
-    """The records of one container that are `wanted`, in order, and its damaged places.
+    """The records of one container that are `wanted`, in order, and its damaged places before them.
 
     What the format does not hold itself (a Parquet file's other columns, say) is left unread. A
     transient error is tried again from where reading stopped, and `on_retry` called. Raises
@@ -71,7 +71,7 @@ def _chosen(
     items: Iterable[Record | Found | Damage], wanted: Wanted
 ) -> Iterator[Record | Found | Damage]:
     for item in items:
-        if item.index in wanted:
+        if item.index in wanted or isinstance(item, Damage):  # which may hide what is wanted
             yield item
         if wanted.last is not None and item.index >= wanted.last:
             return

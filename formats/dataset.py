@@ -111,6 +111,8 @@ def _publish(
     still, tried_again = still_failed(
         run.output, retried, fresh, run.reread, run.run_id, run.compression
     )
+    # What a killed run left was never judged.
+    adopted = [part for part in kept if part.path not in listed]
     kept += still
     earlier, new = settle(run.output, kept, fresh, run.run_id, run.compression)
     parts = [*earlier, *new]
@@ -120,9 +122,13 @@ def _publish(
     this_run = {**counts, "images": counts["images"] + skipped, "skipped": skipped}
     # What had failed before and fails again makes the output no worse.
     again = len(standing(tried_again, [part.keys for part in new if part.kind == FAILURES]))
-    failed, taken_on = counts["failures"] - again, counts["images"] - again
+    judged = _counts([*adopted, *new])
+    failed, taken_on = judged["failures"] - again, judged["images"] - again
     if taken_on and failed / taken_on > run.max_failure_rate:
-        return _reject(run, new, this_run, ours - set(listed), timing)
+        failures = [part for part in [*adopted, *new] if part.kind == FAILURES]
+        told = _manifest(run, "too_many_failures", failures, this_run, (), timing)
+        told["judged"] = {"failures": failed, "images": taken_on}
+        return _reject(run, failures, told, ours - set(listed))
     final = {part.path for part in parts}
     superseded = {*listed, *run.kept, *run.retried, *doomed, *ours} & set(there) | set(run.retired)
     manifest = _manifest(run, "complete", parts, this_run, superseded - final, timing)
@@ -209,24 +215,21 @@ def finished_name(run_id: str) -> str:
 
 def _reject(
     run: Publication,
-    new: Sequence[PartFile],
-    this_run: dict[str, int],
+    failures: Sequence[PartFile],
+    manifest: Mapping[str, Any],
     written: set[str],
-    timing: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Keep the failures readable under `_failed/RUN_ID/`, an output of its own with a manifest.
+    """Keep `failures` readable under `_failed/RUN_ID/`, an output of its own with `manifest`.
 
     What the run has `written` is taken back.
     """
     folder = files.join(run.output, "_failed", run.run_id)
-    failed = [part for part in new if part.kind == FAILURES]
-    for part in failed:
+    for part in failures:
         data = steady.read_bytes(files.join(run.output, part.path), part.bytes)
         files.write_bytes(files.join(folder, part.path), data)
-    status = "too_many_failures"
-    write_manifest(folder, _manifest(run, status, failed, this_run, (), timing))
+    write_manifest(folder, manifest)
     _delete(run, written)
-    return {"status": status, "run": this_run}
+    return {"status": manifest["status"], "run": manifest["run"]}
 
 
 def read_verdict(output: str, run_id: str) -> dict[str, Any] | None:

@@ -86,6 +86,16 @@ def names_there(examples: Sequence[bytes], names: Sequence[str]) -> set[str]:
     return {name for row in rows if row for name, found in row.items() if found}
 
 
+def names_instead(examples: Sequence[bytes], name: str) -> str | None:
+    """The features of the first of the serialized examples, where none of them has a value of
+    `name`; None where one has, and where one is no tf.Example.
+    """
+    rows = _rows(examples, [name])
+    if not rows or any(row is None or row[name] for row in rows):
+        return None
+    return _features(examples[0])
+
+
 def parse_examples(
     records: Sequence[Record], source: str, keys: ExampleKeys, types: ExampleTypes
 ) -> list[ImageRecord | Failure]:
@@ -172,7 +182,7 @@ def _id(values: list[Any] | None, name: str) -> str:
 
 def _image(values: list[Any] | None, name: str, example: bytes) -> bytes:
     if not values:
-        there = ", ".join(sorted(_decode([example]).schema.names)) or "nothing"
+        there = _features(example)
         state = "missing" if values is None else "empty"
         message = f"image feature {name!r} is {state}; the example has {there}"
         raise ImageError("MissingFeature", message)
@@ -182,6 +192,10 @@ def _image(values: list[Any] | None, name: str, example: bytes) -> bytes:
     if not values[0]:
         raise ImageError("MissingFeature", f"image feature {name!r} holds zero bytes")
     return values[0]
+
+
+def _features(example: bytes) -> str:
+    return ", ".join(sorted(_decode([example]).schema.names)) or "nothing"
 
 
 def _value(values: list[Any] | None, name: str, to: pa.DataType, error_class: str) -> Any:

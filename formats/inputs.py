@@ -166,6 +166,8 @@ def survey(
                     f"--input {pattern}: matches nothing; the run would be empty; give another "
                     "pattern, or --allow_empty where that is expected"
                 )
+            if not listed:
+                warnings.append(f"--input {pattern}: matches nothing, as --allow_empty lets it")
             kind = detect_format(found) if input_format == "auto" else input_format
         except OSError as error:
             raise RequestError(f"--input {pattern}: cannot be read ({error})") from None
@@ -482,6 +484,28 @@ def unseen(sources: Sequence[Source], keys: ExampleKeys, count: int) -> list[str
             for image in _images_of_tars(infos, keys, count):
                 there |= {name for name in names if image.values.get(name) is not None}
     return [name for name in names if name not in there]
+
+
+def without_image(
+    sources: Iterable[Source], keys: ExampleKeys, count: int
+) -> Iterator[tuple[str, int, str]]:
+    """The TFRecord and tar sources none of whose first `count` records has the image.
+
+    Of each its pattern, how many records were looked at, and what the first one has instead. Where
+    one of them is no record at all nothing is told. Raises OSError.
+    """
+    for source in sources:
+        if source.format == TFRECORD:
+            examples = sample([source], count)
+            there = example.names_instead(examples, keys.image)
+            if there is not None:
+                yield source.pattern, len(examples), f"the example has {there}"
+        elif source.format == WEBDATASET:
+            images = _images_of_tars((info for info in _find(source) if info.size), keys, count)
+            errors = [image.error for image in images]
+            told = [e.message for e in errors if e and e.error_class == "MissingFeature"]
+            if told and len(told) == len(images):
+                yield source.pattern, len(images), told[0]
 
 
 def any_picture(sources: Iterable[Source]) -> bool:

@@ -48,6 +48,7 @@ _NICER = 10
 _REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
 _REPLY = struct.Struct("<III")  # bytes of an error's JSON, which follows (0: none), width, height
 _ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
+_FILES = 1 << 16
 _PIECE = 4 << 20  # bytes on their way
 _NO_MEMORY = 77  # exit status of a process that has none left for the bytes themselves
 # What a process does to itself. Any other signal came from outside, and may not be the picture's.
@@ -82,6 +83,8 @@ class DecodeProcesses:
         self._limits = limits
         self._decoder = decoder
         self._lock = threading.Lock()
+        self._closed = False
+        _allow_files()
         ahead = _ahead.pop((limits, decoder), None)
         # At once, so that it imports while the first pictures are read.
         self._server: _ForkServer | None = ahead or self._new_server()
@@ -109,18 +112,27 @@ class DecodeProcesses:
             except BaseException:
                 process.end()
                 raise
+            if isinstance(answer, ImageError) and answer.error_class == OUT_OF_MEMORY:
+                process.end()  # what earlier pictures left in it must not fail this one, or others
+                if fresh or not process.used:
+                    raise self._no_memory(answer.message)
+                continue
+            process.used = True
             with self._lock:
-                self._idle.append(process)
+                closed = self._closed
+                if not closed:
+                    self._idle.append(process)
+            if closed:
+                process.close()
             if isinstance(answer, tuple):
                 return answer
-            if answer.error_class == OUT_OF_MEMORY:
-                raise self._no_memory(answer.message)
             raise answer
         raise AssertionError("the second try ends in an answer or an error")
 
     def close(self) -> None:
-        """End every process. `decode` would start new ones."""
+        """End every process; nothing is decoded any more."""
         with self._lock:
+            self._closed = True
             server, idle = self._server, self._idle
             self._server, self._idle = None, []
         for process in idle:
@@ -133,6 +145,8 @@ class DecodeProcesses:
 
     def _take(self, fresh: bool) -> _Process:
         with self._lock:
+            if self._closed:
+                raise RunError("nothing is decoded any more: the step that asks has ended")
             if self._idle and not fresh:
                 return self._idle.pop()
             for _ in range(2):  # a second server where something has killed the first
@@ -175,7 +189,7 @@ def drop_ahead() -> None:
 
 
 _shared: dict[tuple[Preprocessing, Limits, Decoder], tuple[DecodeProcesses, int]] = {}
-_sharing = threading.Lock()
+_sharing = threading.RLock()  # the garbage collector may end a user while it is held
 
 
 @contextlib.contextmanager
@@ -230,28 +244,39 @@ class _ForkServer:
         env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         if "LD_LIBRARY_PATH" in os.environ:
             env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START, json.dumps(order)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            pass_fds=(theirs.fileno(), life_line),
-            env=env,
-            process_group=0,  # the life line's signal goes to all of it, a terminal's to none
-        )
-        theirs.close()
-        os.close(life_line)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _START, json.dumps(order)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=(theirs.fileno(), life_line),
+                env=env,
+                process_group=0,  # the life line's signal goes to all of it, a terminal's to none
+            )
+        except BaseException:
+            self._control.close()
+            os.close(self._life)
+            os.close(self._errors)
+            raise
+        finally:
+            theirs.close()
+            os.close(life_line)
 
     def start(self, how: Preprocessing, seconds: float) -> _Process:
         """A new process that decodes by `how`, a picture within `seconds`.
 
-        EOFError or OSError where this server is gone.
+        EOFError or OSError where this server is gone; RunError where this process has no file left.
         """
-        ours, theirs = _pair(socket.SOCK_STREAM)
-        process = _Process(self, ours, how.size, seconds)
+        try:
+            ours, theirs = _pair(socket.SOCK_STREAM)
+            process = _Process(self, ours, how.size, seconds)
+        except OSError as error:
+            raise RunError(f"no process for decoding can be started: {error}") from None
         try:
             with theirs:
                 process.pid = self._ask(0, [theirs.fileno(), *process.files])
+            os.close(process.files.pop())  # mapped by now
             if process.pid < 0:
                 reason = os.strerror(-process.pid)
                 raise RunError(f"no process for decoding can be started: {reason}")
@@ -300,6 +325,7 @@ class _Process:
 
     def __init__(self, server: _ForkServer, connection: socket.socket, size: int, seconds: float):
         self.pid = 0
+        self.used = False  # whether it has decoded anything
         self.files: list[int] = []
         self._clock = -1
         self._server = server
@@ -336,13 +362,14 @@ class _Process:
         On a busy machine it may have had little of a core, and is waited for while it gets on.
         """
         most = self._connection.gettimeout() or 0.0
-        waits, had = most, before
+        waits, had, stalls = most, before, 0
         while True:
             try:
                 head = _receive(self._connection, _REPLY.size)
             except TimeoutError:
                 now = self._cpu_seconds()
-                if now - before >= most or now - had < 0.01 * waits:
+                stalls = stalls + 1 if now - had < 0.01 * waits else 0
+                if now - before >= most or stalls == 2:  # one may be of a job that was frozen
                     raise
                 waits, had = most / 10, now
                 self._connection.settimeout(waits)
@@ -371,6 +398,15 @@ class _Process:
         self._connection.close()
         for file in (*self.files, *([self._clock] if self._clock >= 0 else [])):
             os.close(file)
+
+
+def _allow_files() -> None:
+    """Let this process open as many files as it may: four a process that decodes, one a core."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _pair(kind: int) -> tuple[socket.socket, socket.socket]:

@@ -48,7 +48,9 @@ def page(output: str, overview: Overview) -> str:
         f"<h1>{escape(output)}</h1>",
         _head(manifest),
         _failures(overview),
-        _time(manifest["timing"]) if manifest.get("timing", {}).get("images") else "",
+        _time(manifest["timing"], manifest.get("options", {}))
+        if manifest.get("timing", {}).get("images")
+        else "",
         _pictures(overview),
         *(_vectors(name, found) for name, found in overview.vectors.items()),
         _classes(overview),
@@ -103,7 +105,7 @@ def _failures(overview: Overview) -> str:
     return "<h2>Failures</h2>" + _table(["reason", "images", "share", "such as"], rows)
 
 
-def _time(timing: Mapping[str, Any]) -> str:
+def _time(timing: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     steps = {name: timing[f"{name}_ms"] / 1000 for name in ("read", "wait", "inference")}
     rest = max(0.0, timing["carry_ms"] / 1000 - sum(steps.values()))
     shown = {
@@ -124,7 +126,7 @@ def _time(timing: Mapping[str, Any]) -> str:
     times = {f"{name} ms": count for name, count in decode["up_to"].items()}
     return (
         "<h2>Where the time went</h2>"
-        f"<p>{escape(advice(timing) or '')}</p><div class='side'>"
+        f"<p>{escape(advice(timing, options) or '')}</p><div class='side'>"
         + _figure("seconds of the threads that carry images", _bars(shown, "{:,.1f}"))
         + _figure("pictures decoded in up to", _bars(times, "{:,.0f}"))
         + f"</div><p class='muted'>{escape('; '.join(facts))}</p>"

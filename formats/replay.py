@@ -64,12 +64,15 @@ def failed_sources(output: str) -> Iterator[Failed]:
     """
     manifest = manifest_of(output)
     found: dict[str, Failed] = {}
+    settled: list[tuple[str, int]] = []
     columns = "key", "source", "record_index", "stage", "error_class"
     for key, source, index, stage, error_class in _rows(output, manifest, FAILURES, *columns):
         if error_class == DUPLICATE:
+            if index is not None:
+                settled.append((source, index))
             continue
         at = found.setdefault(source, Failed(source))
-        at.lacking |= error_class == "MissingRecords"
+        at.lacking |= error_class == "MissingRecords" and index is None
         if index is None:  # too many bytes are a file's that was read as one image
             at.images[key] = stage == "read" and error_class != "TooManyBytes"
         elif key.startswith(f"{source}@"):
@@ -81,6 +84,9 @@ def failed_sources(output: str) -> Iterator[Failed]:
     if hidden:
         for source, index in _rows(output, manifest, FEATURES, "source", "record_index"):
             if source in hidden and index is not None:
+                found[source].done.add(index)
+        for source, index in settled:
+            if source in hidden:
                 found[source].done.add(index)
     for source in sorted(found):
         yield found[source]

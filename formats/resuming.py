@@ -35,8 +35,11 @@ _TOLD, _SHORT = 5, 40  # differences that are told of, and characters of a value
 _DERIVED = re.compile(r"-((settled|retried)-\d+|duplicates-\w+)\.parquet$")  # made of others
 _BEGAN = re.compile(r"-(\d{8}T\d{6}Z)-")  # in a run's id
 _PART = re.compile(r"(features|failures)/part-[^/]*\.parquet")
+_RUN = r"\d{8}T\d{6}Z-[0-9a-f]{8}"
+# What a killed run leaves. Another program's file may lie there too, or the user's input.
 _LEFTOVER = re.compile(
-    r"(features|failures)/part-[^/]*|(_failed/[^/]+/)?((features|failures)/)?\.tmp-[^/]*|_run-[^/]*"
+    rf"(features|failures)/part-{_RUN}-[^/]*|_run-{_RUN}\.finished"
+    r"|(_failed/[^/]+/)?((features|failures)/)?\.tmp-(probe-)?[0-9a-f]{8}(-[^/]*)?"
 )
 
 
@@ -97,6 +100,8 @@ def resume(
     superseded = set(manifest.get("superseded", ())) if manifest else set()
     below = len(files.join(output, ""))
     present = {info.path[below:]: info.size for info in files.list_folder(output)}
+    if not files.is_remote(output):  # into folders that are links no listing goes by itself
+        present.update(list_parts(output))
     sizes = {path: size for path, size in present.items() if _PART.fullmatch(path)}
 
     def again(path: str) -> bool:
@@ -155,7 +160,8 @@ def resume(
     retired = sorted(
         path
         for path in present.keys() - {*kept, *retried}
-        if _LEFTOVER.fullmatch(path) and files.abandoned(files.join(output, path))
+        if (path in superseded or _LEFTOVER.fullmatch(path))
+        and files.abandoned(files.join(output, path))
     )
     reread = b"".join(map(key_digest, sorted(sources.intersection(retry or ()))))
     return Resumed(tuple(kept), tuple(retried), tuple(retired), finished, reread, counts)

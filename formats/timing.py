@@ -111,10 +111,10 @@ def _ms(seconds: float) -> int:
     return round(1000 * seconds)
 
 
-def advice(timing: Mapping[str, Any]) -> str | None:
+def advice(timing: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     """One line: where the time went and what would mend it; None where nothing was decoded.
 
-    `timing` is as `described`.
+    `timing` is as `described`; `options` are the run's, of which no flag is advised that it had.
     """
     if not timing.get("images"):
         return None
@@ -135,13 +135,21 @@ def advice(timing: Mapping[str, Any]) -> str | None:
     worst = max(shares, key=lambda name: shares[name])
     if shares[worst] < 0.1:
         worst = "model"
-    return f"{told}; {_ADVICE[worst]}"
+    had = {
+        "rest": len(options.get("outputs", ())) == 1,
+        "model": options.get("precision") == "bfloat16",
+    }
+    return f"{told}; {_ADVICE[worst]}{'' if had.get(worst) else _FLAGS.get(worst, '')}"
 
 
 _ADVICE = {
     "read": "input is the limit: more workers, larger files or a nearer store would feed the model",
     "wait": "decoding is the limit: more vCPU to each model would decode further ahead of it",
-    "rest": "writing is the limit: a nearer store or fewer --outputs would take less",
+    "rest": "writing is the limit: a nearer store would take less",
     "model": "the model is the limit: decoding keeps up, so a faster device or more of them would "
-    "help, and --precision bfloat16 for a large network or on CPUs that have it",
+    "help",
+}
+_FLAGS = {
+    "rest": ", and fewer --outputs",
+    "model": ", and --precision bfloat16 for a large network or on CPUs that have it",
 }

@@ -139,9 +139,10 @@ def resolve(handle: str, sha256: str | None = None) -> str:
 
 def cache_folder() -> Path:
     """Where fetched models are kept."""
-    chosen = os.environ.get("IMAGE_FEATURES_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else base / "image-features"
+    if chosen := os.environ.get("IMAGE_FEATURES_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"  # which may not be known
+    return Path(base) / "image-features"
 
 
 @contextlib.contextmanager

@@ -87,7 +87,6 @@ def check(options: Options, beam_args: Sequence[str]) -> None:
     here = {
         "--input": options.input,
         "--model": (options.model,) if not handles.archive_url(options.model) else (),
-        "--class_names": (options.class_names,) if options.class_names else (),
         "--output": (options.output,) if options.output else (),
     }
     for flag, paths in here.items():

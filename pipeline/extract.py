@@ -105,13 +105,15 @@ def _interrupted(stderr: int, number: int, frame: FrameType | None) -> None:
     """
     # An import here could wait for, or find half done, the one that the signal broke into.
     temporaries = sys.modules.get("storage.temporaries")
-    if temporaries is not None and hasattr(temporaries, "abandon_all"):
-        temporaries.abandon_all(for_good=True)
-    name = signal.Signals(number).name
-    with contextlib.suppress(OSError):  # Ctrl-C ends `2>&1 | tee log` too, and with it the reader
-        told = getattr(sys.modules.get("pipeline.job"), "left_behind", None)
-        os.write(stderr, f"interrupted by {name}{f'; {told}' if told else ''}\n".encode())
-    _leave(128 + number)  # threads of the runner would hold a gentler exit back
+    try:
+        if temporaries is not None and hasattr(temporaries, "abandon_all"):
+            temporaries.abandon_all(for_good=True)
+        name = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # Ctrl-C ends `2>&1 | tee log` too, with its reader
+            told = getattr(sys.modules.get("pipeline.job"), "left_behind", None)
+            os.write(stderr, f"interrupted by {name}{f'; {told}' if told else ''}\n".encode())
+    finally:
+        _leave(128 + number)  # threads of the runner would hold a gentler exit back
 
 
 def _leave(code: int) -> NoReturn:

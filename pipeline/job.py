@@ -38,6 +38,16 @@ _RESUME = "--if_exists resume goes on from here"
 _OVERWRITE = "run it again with --if_exists overwrite; the old output stands"
 _NOTHING = "it wrote nothing; run it again"
 _THROWN = re.compile(r"^(?:[\w.]+[.])?(\w*(?:Error|Exception|Exit|Interrupt|Memory)): *(.+)$", re.M)
+# The flag that may mend a reason, where it is the commonest.
+_FLAGS = {
+    "read/MissingFeature": "--image_key names what holds the picture",
+    "read/TooManyBytes": "--max_image_bytes lets larger files in",
+    "read/HttpNotAllowed": "--allow_http lets addresses be fetched",
+    "decode/UnsupportedFormat": "--formats lets further ones in",
+    "decode/TooManyPixels": "--max_image_pixels lets larger pictures in",
+    "decode/DecodeTimeout": "--decode_seconds gives each picture longer",
+    "decode/DecoderOutOfMemory": "--decode_memory gives each picture more",
+}
 left_behind = _RESUME  # what is to be said of a run that ends before its time
 
 log = logging.getLogger("pipeline")
@@ -101,8 +111,9 @@ def _run(options: Options, beam_args: Sequence[str]) -> dict[str, Any]:
             if verdict["status"] != COMPLETE:
                 folder = files.join(plan.publication.output, "_failed", run_id)
                 manifest = read_manifest(folder)
-                reasons = manifest["failures_by"] if manifest else {}
-                _tell_of_failures(options, verdict["run"], reasons, folder)
+                if manifest:
+                    judged, reasons = manifest["judged"], manifest["failures_by"]
+                    _tell_of_failures(options, judged, reasons, folder)
             elif not options.quiet:
                 _advise(plan.publication.output)
         return summary(plan.publication.output, verdict["status"], verdict["run"], started)
@@ -130,7 +141,7 @@ def failed(
 def _advise(output: str) -> None:
     """Log where the time went and what would mend it."""
     manifest = read_manifest(output)
-    line = advice(manifest["timing"]) if manifest else None
+    line = advice(manifest["timing"], manifest["options"]) if manifest else None
     if line:
         log.info("%s", line)
 
@@ -141,19 +152,25 @@ def _tell_of_failures(
     reasons: Mapping[str, int],
     folder: str | None = None,
 ) -> None:
-    """Log why nothing was published, and what to do about it; `folder` tells of each image."""
+    """Log why nothing was published, and what to do about it; `folder` tells of each image.
+
+    `counts`: of the images that were judged, how many `failures`.
+    """
     published = f", so nothing was published; each is told of in {folder}" if folder else ""
     # The failures lie in the output, which is no empty one any more.
     again = ", with --if_exists resume" if folder and options.if_exists == "error" else ""
-    often = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common(3))
+    most = Counter(reasons).most_common(3)
+    often = ", ".join(f"{count} {reason}" for reason, count in most)
+    flag = _FLAGS.get(most[0][0]) if most else None
     log.error(
-        "%d of %d images failed (%s), more than --max_failure_rate %g allows%s; mend the input, or "
-        "give a larger --max_failure_rate%s",
+        "%d of %d images failed (%s), more than --max_failure_rate %g allows%s; mend the input%s, "
+        "or give a larger --max_failure_rate%s",
         counts["failures"],
-        counts["images"] - counts["skipped"],
+        counts["images"],
         often,
         options.max_failure_rate,
         published,
+        f" ({flag})" if flag else "",
         again,
     )
 

@@ -191,9 +191,9 @@ def prepare(request: argparse.Namespace) -> None:
 
     output = files.absolute(request.output)
     _check_reached(request.model, output)
-    handles.resolve(request.model, request.model_sha256)
     _check_free("--output", output)
     files.check_writable(output)
+    handles.resolve(request.model, request.model_sha256)
     from models.loading import prepare as write_prepared
 
     write_prepared(_spec(request), output)

@@ -547,10 +547,10 @@ def split_beam(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     beams: list[str] = []
     value_follows = False
     for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
+        name, gives_value, _ = word.removeprefix("--").partition("=")
         is_beams = word.startswith("--") and name in BEAM_FLAGS
         (beams if is_beams or value_follows else ours).append(word)
-        value_follows = is_beams and BEAM_FLAGS[name] and not value
+        value_follows = is_beams and BEAM_FLAGS[name] and not gives_value
     return ours, beams
 
 
@@ -565,15 +565,18 @@ def check_beam_flags(rest: Sequence[str], own: Iterable[str] | None = None) -> N
     for word in rest:
         if not word.startswith("--"):
             if not value_may_follow:
-                raise RequestError(f"{word}: belongs to no flag; see --help")
+                raise RequestError(
+                    f"{word}: belongs to no flag; see --help, and quote what the shell would "
+                    "expand, such as *.jpg"
+                )
             value_may_follow = False
             continue
-        name, _, value = word[2:].partition("=")
+        name, gives_value, _ = word[2:].partition("=")
         if name not in BEAM_FLAGS:
             own = own or [knob_field.name for knob_field in dataclasses.fields(Options)]
             near = nearest_flag(name, [*own, *BEAM_FLAGS])
             raise RequestError(f"--{name}: no such flag, here or in Beam; {near}")
-        value_may_follow = BEAM_FLAGS[name] and not value
+        value_may_follow = BEAM_FLAGS[name] and not gives_value
 
 
 def nearest_flag(name: str, known: Iterable[str]) -> str:

@@ -159,6 +159,9 @@ def model_of(request: argparse.Namespace) -> Model:
 def gpu_rate(request: argparse.Namespace, model: Model) -> Figure | None:
     """Images a second of the model on one GPU; None without one. RequestError where not known."""
     if not request.gpu:
+        for flag in ("gpu_images_per_second", "price_gpu_hour"):
+            if getattr(request, flag) is not None:
+                raise RequestError(f"--{flag}: counts beside --gpu only, and a CPU is planned with")
         return None
     if request.gpu_images_per_second is not None:
         return Figure(request.gpu_images_per_second, "images/s", "--gpu_images_per_second")

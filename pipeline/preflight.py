@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
-import io
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,8 +48,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
     _check_tried_again(options, output)
     workers = _reach_stores(options, beam_args, output, warnings)
     before = _check_output(output, options.if_exists, warnings) if writes else None
-    directory = handles.resolve(options.model, options.model_sha256)
     names = _class_names(options.class_names)
+    directory = handles.resolve(options.model, options.model_sha256)
     sources, doubts = inputs.survey(
         options.input, options.input_format, options.allow_empty, output
     )
@@ -191,7 +189,7 @@ def _reach_stores(
         stored.append(options.model)
     stored = list(map(files.absolute, stored))
     if any(map(files.is_remote, stored)) or beam_args:
-        _check_beam_flags(options, beam_args)
+        _check_beam_flags(options, beam_args, warnings)
         files.configure_stores(beam_args)
     workers = None
     if beam_args and dataflow.is_dataflow(beam_args):
@@ -374,22 +372,16 @@ def runner_of(name: str | None) -> str:
     return DIRECT_RUNNER if bare in ("direct", "switchingdirect") else str(name)
 
 
-def _check_beam_flags(options: Options, beam_args: Sequence[str]) -> None:
+def _check_beam_flags(options: Options, beam_args: Sequence[str], warnings: list[str]) -> None:
     """Raise RequestError for values that Beam refuses, which it would tell in many lines, late, and
     for what its runners cannot do with `options`; flags alone tell, and whether a job server is
     there.
     """
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+    from apache_beam.options.pipeline_options import StandardOptions
     from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
     from apache_beam.runners.runner import create_runner
 
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            given = PipelineOptions(list(beam_args))
-            given.get_all_options()
-    except SystemExit:
-        raise RequestError(told.getvalue().strip().rpartition("error: ")[2]) from None
+    given = files.beam_options(beam_args)
     if dataflow.is_dataflow(beam_args):
         dataflow.check(options, beam_args)
     standard = given.view_as(StandardOptions)
@@ -409,11 +401,19 @@ def _check_beam_flags(options: Options, beam_args: Sequence[str]) -> None:
             "Dataflow, and for a --job_endpoint with workers of its own; leave it out"
         )
     portable.check(beam_args)
+    if standard.runner == DIRECT_RUNNER and (unread := portable.of_other_runners(beam_args)):
+        line = (
+            f"{', '.join(unread)}: nothing reads it, since DirectRunner runs everything in this "
+            "process"
+        )
+        if "--runner" not in portable.names(beam_args):
+            raise RequestError(f"{line}; give the --runner that it is for, or leave it out")
+        warnings.append(line)
 
 
 def _check_output(output: str, if_exists: str, warnings: list[str]) -> dict[str, Any] | None:
     try:
-        if files.is_file(output):
+        if files.is_file(output.rstrip("/")):  # `out/` may be what a console's folder leaves
             raise RequestError(f"--output {output}: is a file; give a folder, or a name for one")
         refused = if_exists == "error" and files.occupied(output)
         if refused:
@@ -465,26 +465,39 @@ def _types(
         }
         known = example.ExampleTypes(there.field("label").type, columns)
     labelled = keys.label not in (None, example.ExampleKeys().label)
-    asked = bool(keys.columns or keys.id or labelled)
+    imaged = keys.image != example.ExampleKeys().image
+    asked = bool(keys.columns or keys.id or labelled or imaged)
     try:
         types = inputs.infer_types(sources, keys, _SAMPLE, known)
         unseen = inputs.unseen(sources, keys, _SAMPLE)
         pictures = types is None and asked and inputs.any_picture(sources)
+        without = list(inputs.without_image(sources, keys, _SAMPLE))
     except ValueError as error:
         raise RequestError(str(error)) from None
     except OSError as error:
         raise RequestError(f"--input: cannot be read ({error})") from None
+    for pattern, looked_at, there in without:
+        # A few may be the damaged ones of a small set, and are told of one by one.
+        line = (
+            f"--image_key {keys.image}: none of the first {looked_at} records of {pattern} has it "
+            f"({there}); each such record fails; give the name of what holds the picture"
+        )
+        if looked_at >= _SAMPLE:
+            raise RequestError(line)
+        warnings.append(line)
     if pictures and keys.columns:
         raise RequestError(
             f"--columns {','.join(keys.columns)}: image files have no features to carry"
         )
     if pictures and keys.id:
         warnings.append(f"--id_key {keys.id}: image files have no features; keys are their paths")
+    if pictures and imaged:
+        warnings.append(f"--image_key {keys.image}: image files have no features")
     if pictures and labelled:
         warnings.append(f"--label_key {keys.label}: image files have no features, and so no label")
     for name in unseen:
-        flag, without = ("id", "keys are URI#index") if name == keys.id else ("label", "it is null")
-        warnings.append(f"--{flag}_key {name}: none of the first images has it; {without} then")
+        flag, then = ("id", "keys are URI#index") if name == keys.id else ("label", "it is null")
+        warnings.append(f"--{flag}_key {name}: none of the first images has it; {then} then")
     return types or known or example.ExampleTypes(pa.int64(), {})
 
 

@@ -11,6 +11,7 @@ import fcntl
 import fnmatch
 import glob
 import hashlib
+import io
 import os
 import re
 import stat
@@ -74,12 +75,29 @@ def _beam() -> Any:
     return FileSystems
 
 
-def configure_stores(beam_args: Sequence[str]) -> None:
-    """Let gs:// and s3:// be reached with the credentials and addresses of Beam's flags."""
-    from apache_beam.internal.gcp.auth import _Credentials
-    from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+def beam_options(beam_args: Sequence[str]) -> Any:
+    """Beam's flags as its PipelineOptions. Raises RequestError, one line, for what it refuses."""
+    from apache_beam.options.pipeline_options import PipelineOptions
 
-    options = PipelineOptions(list(beam_args))
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            options = PipelineOptions(list(beam_args))
+            options.get_all_options()
+    except SystemExit:  # after its usage, a line a flag
+        raise RequestError(told.getvalue().strip().rpartition("error: ")[2]) from None
+    return options
+
+
+def configure_stores(beam_args: Sequence[str]) -> None:
+    """Let gs:// and s3:// be reached with the credentials and addresses of Beam's flags.
+
+    Raises RequestError for a value that Beam refuses.
+    """
+    from apache_beam.internal.gcp.auth import _Credentials
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
+
+    options = beam_options(beam_args)
     if options.view_as(GoogleCloudOptions).no_auth:
         # Beam's client of gs:// looks for them all the same, 20 s long where there are none.
         _Credentials._credentials_init, _Credentials._credentials = True, None
@@ -504,14 +522,18 @@ def delete(paths: list[str]) -> None:
     remote = [path for path in paths if is_remote(path)]
     for path in set(paths) - set(remote):
         Path(path).unlink(missing_ok=True)
-    if remote:
-        # Beam takes a name in gs:// for a glob here, and would remove all that it matches.
-        globs = [glob.escape(path) if path.lower().startswith("gs://") else path for path in remote]
-        try:
-            _beam().delete(globs)
-        except Exception as error:
-            if any(map(is_file, remote)):  # else another has deleted them meanwhile
-                raise _store_error(remote[0], error) from error
+    if remote:  # a store may refuse single ones of many for a moment
+        attempt(lambda: _delete_remote(remote), remote[0])
+
+
+def _delete_remote(paths: list[str]) -> None:
+    # Beam takes a name in gs:// for a glob here, and would remove all that it matches.
+    globs = [glob.escape(path) if path.lower().startswith("gs://") else path for path in paths]
+    try:
+        _beam().delete(globs)
+    except Exception as error:
+        if any(map(is_file, paths)):  # else another has deleted them meanwhile
+            raise _store_error(paths[0], error) from error
 
 
 def check_writable(folder: str, flag: str = "--output") -> None:

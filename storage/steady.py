@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from storage import files
 from storage.retries import ShortRead, attempt, ignore
+
+_ENDLESS = {stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}  # reading might never end
 
 
 def read_bytes(path: str, size: int | None = None, on_retry: Callable[[], None] = ignore) -> bytes:
@@ -26,10 +30,19 @@ def read_at_most(path: str, most: int, on_retry: Callable[[], None] = ignore) ->
     """The first `most` bytes of `path`, all where there are fewer. Raises OSError."""
 
     def read() -> bytes:
+        if not files.is_remote(path) and _is_endless(path):
+            raise OSError(f"{path}: a pipe, a socket or a device, no file")
         with files.open_read(path) as stream:
             return _exactly(stream, most)
 
     return attempt(read, path, on_retry)
+
+
+def _is_endless(path: str) -> bool:
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode) in _ENDLESS
+    except OSError:  # which opening it tells
+        return False
 
 
 def _exactly(stream: BinaryIO, count: int) -> bytes:

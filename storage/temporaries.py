@@ -40,7 +40,8 @@ def abandon_all(for_good: bool = False) -> None:
         if os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a disk that is gone, or read only by now
+                Path(path).unlink(missing_ok=True)
     if held and not for_good:
         making.release()
 

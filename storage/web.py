@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from storage import secrets
 from storage.retries import BadAddress, attempt, ignore
 
 _TIMEOUT = 30  # seconds without a byte
+_PATIENCE, _LEAST = 60, 4 << 10  # seconds after which fewer bytes a second are too few
+_PIECE = 1 << 20
 
 
 def read_url(url: str, most: int, on_retry: Callable[[], None] = ignore) -> bytes:
@@ -23,7 +26,7 @@ def read_url(url: str, most: int, on_retry: Callable[[], None] = ignore) -> byte
     def fetch() -> bytes:
         try:
             with _opener().open(secrets.request(url), timeout=_TIMEOUT) as answer:
-                data = bytes(answer.read(most))
+                data = _paced(answer, url, most)
                 left = answer.length  # of the length that was announced
                 if left and len(data) < most:
                     raise OSError(f"{url}: the connection ended {left} bytes too early")
@@ -39,6 +42,18 @@ def read_url(url: str, most: int, on_retry: Callable[[], None] = ignore) -> byte
             ) from None
 
     return attempt(fetch, url, on_retry)
+
+
+def _paced(answer: http.client.HTTPResponse, url: str, most: int) -> bytes:
+    """The first `most` bytes of `answer`; OSError where they come so slowly as to hold up a run."""
+    data = bytearray()
+    start = time.monotonic()
+    while len(data) < most and (piece := answer.read1(min(_PIECE, most - len(data)))):
+        data += piece
+        seconds = time.monotonic() - start
+        if seconds > _PATIENCE and len(data) < _LEAST * seconds:
+            raise OSError(f"{url}: only {len(data)} bytes came in {seconds:.0f} s")
+    return bytes(data)
 
 
 def _opener() -> urllib.request.OpenerDirector:

@@ -91,6 +91,7 @@ def place(tmp_path_factory) -> Place:
 @pytest.fixture(scope="module")
 def airflow(place, tmp_path_factory) -> Airflow:
     variable = place.variable(options={"rows_per_file": 20, "batch_size": 8})
+    variable |= {"input": f"{place.input}/", "output": f"{place.output}/"}  # as people write them
     return airflows.make(tmp_path_factory.mktemp("home"), variable)
 
 
@@ -162,6 +163,9 @@ def test_three_dated_runs_one_of_them_empty(airflow, place, tmp_path):
         told = airflow.command("dags", "test", OURS, day)
         assert told.returncode == 0, told.stdout[-3000:]
         assert "state=success" in told.stdout
+        # On a store an empty name between two slashes is another place.
+        assert f"--input={place.input}/{day}/ " in told.stdout
+        assert f"--output={place.output}/{day} " in told.stdout
     for day, count in (("2026-11-01", 6), ("2026-11-02", 5)):
         found = rows(place.output / day)
         assert len(found) == count
@@ -499,4 +503,6 @@ def test_beams_operator_runs_the_job_deferred(server, place, tmp_path):
     run = server.trigger(BEAMS, day)
     await_(lambda: server.task(BEAMS, run)["state"] == "deferred", 120, "a deferred task")
     assert server.ended(BEAMS, run) == "success"
+    options = json.loads(_manifest(place, day))["options"]
+    assert (options["rows_per_file"], options["batch_size"]) == (20, 8)  # the variable's
     assert rows(place.output / day) == place.direct(day, tmp_path / day)

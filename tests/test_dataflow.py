@@ -49,7 +49,6 @@ BEAM = ["--runner", "DataflowRunner", "--sdk_container_image", IMAGE]
         (["--model", "/m.tar.gz"], [], "--model /m.tar.gz: a path of this machine"),
         (["--input", "/in/*.jpg"], [], "--input /in/*.jpg: a path of this machine"),
         (["--output", "out"], [], "--output out: a path of this machine"),
-        (["--class_names", "n.txt", "--top_k", "1"], [], "--class_names n.txt: a path of this"),
         (
             ["--gpu", "nvidia-l4"],
             ["--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1"],
@@ -108,8 +107,8 @@ def test_no_cloud_is_called_and_no_bucket_made_for_want_of_a_place(monkeypatch):
     wanted, _ = options()
     flags = [*BEAM, "--project", "project", "--region", "europe-west1"]
     with pytest.raises(RequestError, match="temp_location"):
-        preflight._check_beam_flags(wanted, flags)
-    preflight._check_beam_flags(wanted, [*flags, "--temp_location", "gs://bucket/tmp"])
+        preflight._check_beam_flags(wanted, flags, [])
+    preflight._check_beam_flags(wanted, [*flags, "--temp_location", "gs://bucket/tmp"], [])
 
 
 def test_workers_without_tensorflow_are_refused():

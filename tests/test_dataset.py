@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,16 @@ def write_part(output, kind, name, images, rows=ROWS):
     writer = PartWriter(str(output), kind, f"part-{name}", batch.schema, "zstd")
     writer.write(batch)
     return writer.close()
+
+
+# Runs are called r1, r2 here; what else lies in an output is no run's.
+LEFTOVER = resuming._LEFTOVER
+SHORT_IDS = re.compile(LEFTOVER.pattern.replace(resuming._RUN, r"(r\d|2026[-\w]+)"))
+
+
+@pytest.fixture(autouse=True)
+def short_ids(monkeypatch):
+    monkeypatch.setattr(resuming, "_LEFTOVER", SHORT_IDS)
 
 
 def images(*numbers, source="/in/a"):
@@ -443,6 +454,42 @@ def test_overwrite_deletes_what_the_old_manifest_named_and_nothing_else(tmp_path
     assert read_manifest(str(tmp_path))["superseded"] == superseded
 
 
+def test_resuming_deletes_what_runs_have_left_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "_LEFTOVER", LEFTOVER)
+    first_run(tmp_path)
+    run_id = "20261129T101112Z-0a1b2c3d"
+    mine = [f"features/part-{run_id}-x.parquet", f"_run-{run_id}.finished"]
+    mine += [
+        "failures/.tmp-0a1b2c3d-part-x.parquet",
+        ".tmp-probe-0a1b2c3d",
+        ".tmp-0a1b2c3d-_SUCCESS",
+    ]
+    others = ["features/part-00000.csv", "features/part-r-00000", "features/part-0.snappy.parquet"]
+    others += ["_run-notes.txt", "failures/.tmp-mine", "features/part-1.parquet"]
+    for name in [*mine, *others]:
+        (tmp_path / name).write_bytes(b"somebody's")
+    found = resumed(tmp_path)
+    assert found.retired == tuple(sorted(mine))
+    run = publication(
+        tmp_path, "r2", if_exists="resume", replaces="r1", kept=found.kept, retired=found.retired
+    )
+    commit(run, [])
+    assert set(others) <= set(files_below(tmp_path))
+    assert not set(mine) & set(files_below(tmp_path))
+
+
+def test_folders_of_data_may_be_links(tmp_path):
+    for kind in (FEATURES, FAILURES):
+        (tmp_path / f"large-{kind}").mkdir()
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / kind).symlink_to(tmp_path / f"large-{kind}")
+    first_run(tmp_path / "out")
+    kept = ("failures/part-r1-b.parquet", "features/part-r1-a.parquet")
+    assert resumed(tmp_path / "out").kept == kept
+    write_part(tmp_path / "out", FEATURES, "r2-a", images(4))
+    assert resumed(tmp_path / "out").kept == (*kept, "features/part-r2-a.parquet")
+
+
 def test_what_could_not_be_deleted_never_comes_back(tmp_path, monkeypatch):
     first_run(tmp_path)
     with monkeypatch.context() as patch:
@@ -628,6 +675,50 @@ def test_the_failure_rate(tmp_path, features, failures, rate, status):
     assert (published(tmp_path) is not None) == (status == "complete")
 
 
+@pytest.mark.parametrize(
+    ("left", "fresh", "status"),
+    [((0, 60), (40, 0), "too_many_failures"), ((90, 0), (8, 6), "complete")],
+)
+def test_what_a_killed_run_left_is_judged_with_the_rest(tmp_path, left, fresh, status):
+    """As if the run had not been killed."""
+
+    def write(run_id, counts):
+        return [
+            write_part(tmp_path, kind, f"{run_id}-a", images(*range(count), source=kind + run_id))
+            for kind, count in zip((FEATURES, FAILURES), counts, strict=True)
+            if count
+        ]
+
+    write("r1", left)
+    found = resumed(tmp_path)
+    run = publication(
+        tmp_path, "r2", if_exists="resume", kept=found.kept, max_failure_rate=0.3,
+        retired=found.retired,
+    )  # fmt: skip
+    skipped = sum(left)
+    verdict = commit(run, write("r2", fresh), skipped)
+    counts = {"images": sum(fresh) + skipped, "features": fresh[0], "failures": fresh[1]}
+    assert verdict == {"status": status, "run": {**counts, "skipped": skipped}}
+    assert (published(tmp_path) is not None) == (status == "complete")
+    if status != "complete":
+        told = read_manifest(str(tmp_path / "_failed" / "r2"))
+        assert told["judged"] == {"failures": left[1] + fresh[1], "images": sum(left) + sum(fresh)}
+        assert len(published(tmp_path / "_failed" / "r2")) == told["judged"]["failures"]
+        retry = resumed(tmp_path, retry=())
+        assert retry.kept == ()  # they are tried again
+
+
+def test_a_rejected_run_that_is_killed_is_not_published_by_the_next(tmp_path, monkeypatch):
+    run, parts, skipped = plan_reject(tmp_path)
+    before = published(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_delete", mock.Mock(side_effect=Kill))
+        with pytest.raises(Kill):
+            commit(run, parts, skipped)
+    assert go_on(tmp_path, max_failure_rate=0.1)["status"] == "too_many_failures"
+    assert published(tmp_path) == before
+
+
 def test_a_rejected_run_leaves_its_failures_readable_and_the_old_output_as_it_was(tmp_path):
     first_run(tmp_path)
     before, names = published(tmp_path), files_below(tmp_path)
@@ -673,7 +764,7 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
     write_part(tmp_path, FEATURES, "r2-a", images(4))  # r2 was killed before its commit
     torn = tmp_path / "features" / "part-r2-torn.parquet"
     torn.write_bytes((tmp_path / "features/part-r2-a.parquet").read_bytes()[:-9])
-    (tmp_path / "features" / ".tmp-1-part-r2-c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "features" / ".tmp-00000001-part-r2-c.parquet").write_bytes(b"PAR1")
     (tmp_path / "_run-r2.finished").write_bytes(b"")
     (tmp_path / "mine" / "features").mkdir(parents=True)
     (tmp_path / "mine" / "features" / "part-1.parquet").write_bytes(b"not yours")
@@ -685,7 +776,7 @@ def test_a_resumed_run_keeps_published_and_whole_files(tmp_path):
     )
     assert found.retired == (
         "_run-r2.finished",
-        "features/.tmp-1-part-r2-c.parquet",
+        "features/.tmp-00000001-part-r2-c.parquet",
         "features/part-r2-torn.parquet",
     )
     (killed,) = images(4)
@@ -1007,7 +1098,7 @@ def test_how_many_records_a_container_had(tmp_path):
 def test_the_temporary_of_a_run_that_is_alive_is_left_alone(tmp_path):
     first_run(tmp_path)
     alive = files.NewFile(str(tmp_path / "features" / "part-r9-a.parquet"))
-    dead = tmp_path / "features" / ".tmp-1-part-r8-a.parquet"
+    dead = tmp_path / "features" / ".tmp-00000001-part-r8-a.parquet"
     dead.write_bytes(b"PAR1")
     found = resumed(tmp_path)
     assert found.retired == (str(dead.relative_to(tmp_path)),)
@@ -1023,7 +1114,7 @@ def test_the_temporary_of_a_run_that_is_alive_is_left_alone(tmp_path):
 
 def test_the_temporary_of_a_worker_that_was_lost_is_removed_by_its_own_run(tmp_path):
     part = write_part(tmp_path, FEATURES, "r1-a", images(0))
-    (tmp_path / "features" / ".tmp-1-part-r1-b.parquet").write_bytes(b"PAR1")
+    (tmp_path / "features" / ".tmp-00000001-part-r1-b.parquet").write_bytes(b"PAR1")
     (tmp_path / dataset.finished_name("r1")).write_bytes(b"")  # the launcher has left
     commit(publication(tmp_path, "r1"), [part])
     assert files_below(tmp_path) == ["_SUCCESS", part.path, "manifest.json"]
@@ -1114,14 +1205,15 @@ def plan_reject(output):
     return run, [*parts, write_part(output, FAILURES, "r2-c", images(8, 9))], 0
 
 
-def go_on(output, skipped=0):
+def go_on(output, skipped=0, **changes):
     """A run r9 that resumes, and finds nothing new."""
     found = resumed(output)
     manifest = read_manifest(str(output))
     replaces = manifest["run_id"] if manifest else None
     run = publication(
-        output, "r9", if_exists="resume", replaces=replaces, kept=found.kept, retired=found.retired
-    )
+        output, "r9", if_exists="resume", replaces=replaces, kept=found.kept, retired=found.retired,
+        **changes,
+    )  # fmt: skip
     return commit(run, [], skipped)
 
 

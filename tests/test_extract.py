@@ -1070,6 +1070,17 @@ DATAFLOW = {"runner": "DataflowRunner", "project": "p", "region": "r"}
         (NOBODY, "--environment_type is not given"),
         ({**NOBODY, "sdk_container_image": "i"}, "--environment_type is not given"),
         (DATAFLOW, "a path of this machine"),
+        ({"runner": "PortableRunner"}, "needs --job_endpoint"),
+        ({"job_endpoint": "localhost:1"}, "--job_endpoint: nothing reads it"),
+        (
+            {"sdk_container_image": "i", "max_num_workers": "4"},
+            "--sdk_container_image, --max_num_workers: nothing reads it, since DirectRunner runs",
+        ),
+        ({"setup_file": "/nowhere/setup.py"}, "--setup_file /nowhere/setup.py: no such file"),
+        ({"setup_file": __file__}, "takes one named setup.py only"),
+        ({"extra_package": "/nowhere/p.tar.gz"}, "--extra_package /nowhere/p.tar.gz: no such file"),
+        ({"runner": "PrismRunner", "prism_location": "/nowhere/p"}, "--prism_location /nowhere/p:"),
+        ({"class_names": "/nowhere/names", "model": "/nowhere/model"}, "--class_names /nowhere"),
         ({"input_format": "failures"}, "no output of this program"),
     ],
 )
@@ -1081,6 +1092,14 @@ def test_a_wrong_request_is_one_line_and_exit_2(tmp_path, job, flags, told):
     assert told in ran.stderr
     assert len([line for line in ran.stderr.splitlines() if line.startswith("error:")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_other_runners_are_told_of_where_this_one_is_asked_for(tmp_path, job):
+    folder = write_pictures(tmp_path / "in", different(1))
+    ran = job(folder, runner="DirectRunner", num_workers=2)
+    assert (ran.code, ran.line["features"]) == (0, 1)
+    (warning,) = ran.manifest["warnings"]
+    assert warning.startswith("--num_workers: nothing reads it")
 
 
 def test_logits_of_a_feature_vector_module_are_refused_by_name(tmp_path, job):
@@ -1288,6 +1307,31 @@ def test_a_slip_in_the_name_of_id_or_label_is_told(tmp_path, job):
     ran = job(path, id_key="id", label_key="", output=tmp_path / "other")
     assert ran.manifest["warnings"] == []
     assert set(ran.rows("features")) == {"0", "1"}
+
+
+def test_a_wrong_image_key_is_refused_before_all_is_read_and_few_are_told_of_one_by_one(
+    tmp_path, job
+):
+    few = write_tfrecord(tmp_path / "few.tfrecord", [{"image": jpeg()}, {"image": jpeg(50, 30)}])
+    ran = job(few)
+    assert ran.code == 3
+    told = (
+        f"--image_key image/encoded: none of the first 2 records of {few} has it (the example has "
+        "image); each such record fails"
+    )
+    assert told in ran.stderr
+    assert "(2 read/MissingFeature)" in ran.stderr
+    assert "mend the input (--image_key names what holds the picture), or" in ran.stderr
+    many = write_tfrecord(tmp_path / "many.tfrecord", [{"image": jpeg()}] * 64)
+    ran = job(many, output=tmp_path / "other")
+    assert (ran.code, ran.line) == (2, None)
+    assert f"none of the first 64 records of {many} has it (the example has image)" in ran.stderr
+    assert not ran.output.exists()
+    ran = job(many, image_key="image", output=tmp_path / "other")
+    assert (ran.code, ran.line["features"]) == (0, 64)
+    folder = write_pictures(tmp_path / "pictures", different(1))
+    ran = job(folder, image_key="image", output=tmp_path / "third")
+    assert ran.manifest["warnings"] == ["--image_key image: image files have no features"]
 
 
 def test_local_places_may_be_given_as_file_uris(tmp_path, job):

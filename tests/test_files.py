@@ -16,7 +16,7 @@ import threading
 
 import pytest
 
-from storage import files, temporaries
+from storage import files, retries, temporaries
 from storage.errors import RequestError
 from storage.files import FileInfo, NewFile
 
@@ -362,6 +362,24 @@ def test_an_upload_to_s3_that_fails_half_way_is_never_completed(store, monkeypat
         file.close()
     gc.collect()
     assert "gs://b/cut" not in store.objects
+
+
+def test_deletions_that_a_store_refuses_for_a_moment_are_tried_again(store, monkeypatch):
+    waits = []
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    delete = store.delete
+
+    def refusing(paths):
+        """As S3 answers: some are gone, and one was an internal error."""
+        if not waits:
+            delete(paths[:1])
+            raise OSError("We encountered an internal error. Please try again.")
+        delete(paths)
+
+    monkeypatch.setattr(store, "delete", refusing)
+    files.delete(["gs://b/d/a.jpg", "gs://b/d2/e.jpg"])
+    assert len(waits) == 1
+    assert not {"gs://b/d/a.jpg", "gs://b/d2/e.jpg"} & set(store.objects)
 
 
 def test_delete_takes_names_of_a_store_as_they_are(store):

@@ -449,7 +449,9 @@ def test_a_local_archive_that_is_cut(tmp_path, cache):
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
-    assert handles.cache_folder() == tmp_path / "cache"
+    with monkeypatch.context() as patch:  # a user without a home
+        patch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+        assert handles.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("IMAGE_FEATURES_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert handles.cache_folder() == tmp_path / "xdg" / "image-features"

@@ -145,8 +145,8 @@ def test_a_pattern_that_matches_nothing_is_a_wrong_request(tmp_path):
     with pytest.raises(RequestError, match=r"--input .*\*\.png: matches nothing"):
         survey([there, nothing], "auto", allow_empty=False)
     sources, warnings = survey([there, nothing], "auto", allow_empty=True)
+    assert warnings == [f"--input {nothing}: matches nothing, as --allow_empty lets it"]
     assert [source.pattern for source in sources] == [there, nothing]
-    assert warnings == []
 
 
 def test_an_input_that_cannot_be_read_is_a_wrong_request(tmp_path, monkeypatch):
@@ -407,3 +407,35 @@ def test_a_unit_can_cross_a_shuffle():
     wanted = Wanted(frozenset([1, 2]), 7, frozenset([9]))
     unit = Unit(TFRECORD, (files.FileInfo("/d/caf\udce9", 3),), 2, (entry,), wanted)
     assert pickle.loads(pickle.dumps(unit)) == unit
+
+
+def test_a_source_whose_first_records_all_lack_the_image_is_found(tmp_path):
+    def written(name, rows):
+        with (tmp_path / name).open("wb") as stream:
+            for row in rows:
+                write_record(stream, row)
+        return str(tmp_path / name)
+
+    def found(source, keys, count=3):
+        return list(inputs.without_image([source], keys, count))
+
+    with_image, without = (serialize_example({name: b"x"}) for name in ("image", "picture"))
+    keys = ExampleKeys(image="image")
+    none = Source(written("none", [without] * 4), TFRECORD)
+    assert found(none, keys) == [(none.pattern, 3, "the example has picture")]
+    assert found(none, keys, 9) == [(none.pattern, 4, "the example has picture")]
+    assert found(none, ExampleKeys(image="picture")) == []
+    for name, rows in {
+        "one": [without, with_image],
+        "damaged": [without, b"\xff no example"],
+        "empty": [],
+    }.items():
+        assert found(Source(written(name, rows), TFRECORD), keys) == []
+
+    (tmp_path / "a.tar").write_bytes(tar(3))
+    tars = Source(str(tmp_path / "a.tar"), WEBDATASET)
+    assert found(tars, ExampleKeys()) == []
+    ((pattern, count, told),) = found(tars, ExampleKeys(image="png"))
+    assert (pattern, count) == (tars.pattern, 3)
+    assert "has no image; it has jpg" in told
+    assert list(inputs.without_image([Source(str(tmp_path), IMAGES)], keys, 3)) == []

@@ -94,7 +94,8 @@ def test_vectors_that_are_not_written_take_no_room():
 
 
 def test_prices_are_flags():
-    free = [w for name in figures.PRICES for w in (f"--price_{name}", "0")]
+    names = [name for name in figures.PRICES if name != "gpu_hour"]
+    free = [w for name in names for w in (f"--price_{name}", "0")]
     told = reckoned(*free)
     assert told["usd"]["run"] == told["usd_a_month"] == 0
     assert told["constants"]["price_vcpu_hour"]["source"] == "told by its flag"
@@ -285,6 +286,11 @@ def test_every_constant_tells_its_unit_and_source():
             "--worker: no such flag; did you mean --workers?",
         ),
         (["--images", "1", "--model", "nasnet_mobile", "--zzz"], "--zzz: no such flag; see --help"),
+        (["--images", "1", "--model", "nasnet_mobile", "--price_gpu_hour", "3"], "beside --gpu"),
+        (
+            ["--images", "1", "--model", "nasnet_mobile", "--gpu_images_per_second", "900"],
+            "--gpu_images_per_second: counts beside --gpu only",
+        ),
         (["--images", "1", "--model", "nasnet_mobile", "3"], "3: belongs to no flag"),
         *(
             (

@@ -132,6 +132,41 @@ def test_records_are_read_by_index(tmp_path):
     assert again(out, keys) == ["2", "5"]
 
 
+@pytest.mark.parametrize(
+    ("cut", "told"),
+    [
+        ("clean", ["#2", ("#5", "MissingRecords")]),
+        ("empty", [("#2", "MissingRecords"), ("#5", "MissingRecords")]),
+        ("inside", ["#2", ("@", "TruncatedRecord")]),
+    ],
+)
+def test_a_record_that_cannot_be_reached_any_more_is_told_of(tmp_path, cut, told):
+    path = tmp_path / "data.tfrecord"
+    offsets = write_tfrecord(path, 9)
+    failed = [(f"{path}#{n}", str(path), n, "decode", "CorruptImage") for n in (2, 5)]
+    out = output_of(tmp_path / "out", failed)
+    end = {"clean": offsets[4], "empty": 0, "inside": offsets[3] + 20}[cut]
+    path.write_bytes(path.read_bytes()[:end])
+    where = {"@": f"{path}@{offsets[3]}"}
+
+    def name(text):
+        return where.get(text, f"{path}{text}")
+
+    expected = [name(t) if isinstance(t, str) else (name(t[0]), t[1]) for t in told]
+    assert sorted(again(out), key=str) == sorted(expected, key=str)
+
+
+def test_an_image_whose_id_is_anothers_is_not_read_again_behind_damage(tmp_path):
+    path = tmp_path / "data"
+    offsets = write_tfrecord(path, 8)
+    failed = [
+        (f"{path}@{offsets[3]}", str(path), 3, "read", "TruncatedRecord"),
+        (f"{path}#5", str(path), 5, "read", "DuplicateKey"),
+    ]
+    out = output_of(tmp_path / "out", failed, [(str(path), n) for n in (0, 1, 2, 6)])
+    assert again(out) == [f"{path}#{n}" for n in (3, 4, 7)]
+
+
 def test_rows_of_parquet_and_images_of_tars(tmp_path):
     table_path, tar_path = tmp_path / "a.parquet", tmp_path / "b.tar"
     pq.write_table(pa.table({"image/encoded": [b"%d" % n for n in range(40)]}), table_path)

@@ -50,3 +50,16 @@ def test_a_lock_is_installed_again_after_one_of_another_commit(held):
     held("test", "b")
     assert held("runtime", "a") == 1
     assert held("test", "b") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [([], "tell which lock"), (["requirements/gone.txt"], "requirements/gone.txt: no such lock")],
+)
+def test_without_a_lock_nothing_is_forgotten(held, tmp_path, words, told):
+    held("runtime", "a")
+    call = [tmp_path / "setup_venv.sh", *words]
+    ran = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert told in ran.stderr
+    assert held("runtime", "a") == 0

@@ -20,7 +20,7 @@ from beams import pipe
 from formats import inputs, tfrecord
 from formats.digests import DigestSet, image_digest, key_digest, place_digest
 from formats.example import ExampleKeys, ExampleTypes, serialize_example
-from formats.inputs import IMAGES, TFRECORD, Source, Unit
+from formats.inputs import IMAGES, MANIFEST, TFRECORD, Source, Unit, list_units
 from formats.records import Failure, ImageRecord, ImageRef
 from formats.tfrecord import write_record
 from pipeline.options import INPUT_FORMATS
@@ -33,6 +33,7 @@ from transforms.sources import (
     ReadImages,
     Reading,
     read_container,
+    read_entries,
     read_image_file,
     read_image_files,
 )
@@ -195,6 +196,20 @@ def test_a_file_that_cannot_be_read_is_one_failure(tmp_path):
     assert failure.bytes == unit.files[0].size
     with pytest.raises(RunError, match=r"cannot be read on after 0 images .*--on_damage record"):
         list(read_container(unit, dataclasses.replace(HOW, on_damage="fail")))
+
+
+def test_a_manifest_that_cannot_be_read_is_one_failure_or_ends_the_run(tmp_path):
+    path = write(tmp_path / "a.csv", b"no,such\n1,2\n")
+    (unit,) = list_units([Source(path, MANIFEST)], None)
+    (failure,) = read_entries(unit, HOW)
+    assert (failure.key, failure.error_class) == (path, "NoManifest")
+    fail = dataclasses.replace(HOW, on_damage="fail")
+    with pytest.raises(RunError, match=r"a\.csv: cannot be read on .*--on_damage record"):
+        list(read_entries(unit, fail))
+    path = write(tmp_path / "b.csv", b'uri\n""\n')
+    (unit,) = list_units([Source(path, MANIFEST)], None)
+    (failure,) = read_entries(unit, fail)  # a row of one that can be read
+    assert (failure.key, failure.error_class) == (f"{path}#0", "MissingFeature")
 
 
 def test_a_store_that_fails_in_the_middle_keeps_what_came_before(tmp_path, monkeypatch):

@@ -460,6 +460,16 @@ def test_a_flag_of_beams_may_stand_before_the_output(output, capsys):
     assert secret not in told
 
 
+def test_a_flag_of_beams_without_its_value_is_told_in_one_line(capsys):
+    assert verify.main(["gs://bucket/out", "--project"]) == 2
+    told = capsys.readouterr().err
+    assert told == "error: argument --project: expected one argument\n"
+
+
+def test_an_empty_value_is_one(output):
+    assert verify.main(["--s3_endpoint_url=", str(output)]) == 0
+
+
 def test_a_flag_of_the_jobs_is_none_of_this(output, capsys):
     assert verify.main([str(output), "--quiet"]) == 2
     told = capsys.readouterr().err

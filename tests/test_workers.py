@@ -19,6 +19,7 @@ from apache_beam.runners.worker import sdk_worker_main
 from google.protobuf import json_format
 
 from pipeline import workers
+from pipeline.pool import WorkerPool, _environment
 
 
 class Provision(beam_provision_api_pb2_grpc.ProvisionServiceServicer):
@@ -48,7 +49,7 @@ def served(add, servicer):
 @contextlib.contextmanager
 def served_pool(**how):
     """A pool, and an engine's way to it: one channel for each asker."""
-    pool = workers.WorkerPool(**how)
+    pool = WorkerPool(**how)
     add = beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server
     with served(add, pool) as address, contextlib.ExitStack() as channels:
 
@@ -87,7 +88,7 @@ def test_a_worker_is_told_the_options_of_its_job():
     provision = Provision()
     add = beam_provision_api_pb2_grpc.add_ProvisionServiceServicer_to_server
     with served(add, provision) as address:
-        told = workers._environment(start_request("7-1", address))
+        told = _environment(start_request("7-1", address))
     assert provision.asked == told["WORKER_ID"] == "7-1"
     assert told["RUNNER_CAPABILITIES"] == "one two"
     assert "localhost:1" in told["CONTROL_API_SERVICE_DESCRIPTOR"]
@@ -147,17 +148,27 @@ def test_two_pools_do_not_share_a_port(capsys):
     first.start()
     try:
         assert workers.main(["--port", str(port)]) == 2
-        assert capsys.readouterr().err == (
-            f"error: --port {port}: cannot be listened at; give a free one\n"
-        )
+        told = f"error: --host localhost --port {port}: cannot be listened at; give a free port"
+        assert capsys.readouterr().err.startswith(told)
     finally:
         first.stop(0).wait()
 
 
-@pytest.mark.parametrize("port", ["-1", "70000"])
-def test_a_port_that_there_is_not(port, capsys):
-    assert workers.main(["--port", port]) == 2
-    assert capsys.readouterr().err == f"error: --port {port}: must be 0 to 65535\n"
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--port", "-1"], "--port -1: must be 0 to 65535"),
+        (["--port", "70000"], "--port 70000: must be 0 to 65535"),
+        (["--port", "1", "--cores_each", "0"], "--cores_each 0: must be 1 to "),
+        (["--port", "1", "--cores_each", "9999"], "--cores_each 9999: must be 1 to "),
+        (["--port", "one"], "argument --port: invalid int value: 'one'"),
+        (["--host", "no.such.host.invalid", "--port", "1"], "--host no.such.host.invalid --port 1"),
+    ],
+)
+def test_what_a_pool_cannot_be_is_told_in_one_line(words, told, capsys):
+    assert workers.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {told}")
 
 
 def test_no_worker_outlives_the_pool():
@@ -169,7 +180,7 @@ def test_no_worker_outlives_the_pool():
 
 def test_a_start_that_is_under_way_when_the_pool_ends_leaves_no_worker(monkeypatch):
     with served_pool() as (pool, ask):
-        monkeypatch.setattr(workers, "_environment", lambda request: pool.stop_all() or {})
+        monkeypatch.setattr("pipeline.pool._environment", lambda request: pool.stop_all() or {})
         assert "the pool is ending" in ask().StartWorker(start_request()).error
         assert not pool._workers
 
@@ -185,7 +196,7 @@ def test_workers_are_pinned_in_turn():
 
 
 def test_what_stands_in_the_way_is_the_answer(monkeypatch):
-    monkeypatch.setattr(workers, "_ANSWER", 0.2)
+    monkeypatch.setattr("pipeline.pool._ANSWER", 0.2)
     with served_pool() as (pool, ask):
         answer = ask().StartWorker(start_request(provision="localhost:1"))
         assert "DEADLINE_EXCEEDED" in answer.error

@@ -84,6 +84,12 @@ class Lookahead(Generic[In, Out]):
         wait([future for _, future in self._pending if not future.cancel()])
         self._pending.clear()
 
+    def cancel(self) -> None:
+        """Start on nothing more; what has been started goes on, and nobody gets its results."""
+        for _, future in self._pending:
+            future.cancel()
+        self._pending.clear()
+
     def _oldest(self) -> Out:
         weight, future = self._pending.popleft()
         self._bytes -= weight
@@ -103,6 +109,9 @@ def map_ahead(
 ) -> Iterator[Out]:
     """`map(function, items)` on `threads`, ahead as far as `Lookahead` goes."""
     ahead = Lookahead(function, threads, depth, weigh)
-    for item in items:
-        yield from ahead.push(item)
-    yield from ahead.drain()
+    try:
+        for item in items:
+            yield from ahead.push(item)
+        yield from ahead.drain()
+    finally:
+        ahead.cancel()

@@ -96,11 +96,19 @@ def read_image_files(
 
 
 def read_entry(entry: Entry, how: Reading, on_retry: Retried = ignore) -> ImageRecord | Failure:
-    """The image that a row of a manifest names; Failure where it cannot be had."""
+    """The image that a row of a manifest names; Failure where it cannot be had.
+
+    Raises RunError for a manifest that cannot be read when `how.on_damage` is "fail".
+    """
     source = listing.shown(entry.path)
     ref, error = refer(entry.key, source, entry.index, entry.values, how.keys, how.types)
     size = None
     if entry.wrong:
+        if entry.index is None and how.on_damage == "fail":  # no row, but the manifest itself
+            raise RunError(
+                f"{source}: cannot be read on ({entry.wrong[1]}); --on_damage record would go on "
+                "and note it as a failure"
+            )
         error = ImageError(*entry.wrong)
     elif not error:
         try:
@@ -133,15 +141,23 @@ def read_entries(
     unit: Unit, how: Reading, on_retry: Retried = ignore
 ) -> Iterator[ImageRecord | Failure]:
     """The images that the entries of `unit` name, several being read at once."""
-    read = functools.partial(read_entry, how=how, on_retry=on_retry)
-    weigh = functools.partial(_weight, most=how.max_image_bytes)
+    largest = _UNKNOWN_BYTES  # of what nothing tells the size of before it is read
+
+    def read(entry: Entry) -> ImageRecord | Failure:
+        nonlocal largest
+        found = read_entry(entry, how, on_retry)
+        if isinstance(found, ImageRecord):
+            largest = max(largest, len(found.data))
+        return found
+
+    def weigh(entry: Entry) -> int:
+        return largest if "://" in entry.path else _weight(entry, how.max_image_bytes)
+
     return map_ahead(read, unit.entries, io_threads(), _READ_AHEAD, weigh=weigh)
 
 
 def _weight(entry: Entry, most: int) -> int:
-    """About how many bytes reading `entry` will hold."""
-    if "://" in entry.path:
-        return _UNKNOWN_BYTES
+    """How many bytes reading a local `entry` will hold."""
     try:
         return min(os.path.getsize(entry.path), most)
     except (OSError, ValueError):
@@ -176,13 +192,20 @@ def _walk(
 ) -> Iterator[tfrecord.Record | Found | Failure]:
     (info,) = unit.files
     found, whole = 0, unit.wanted is None and unit.format == inputs.TFRECORD
+    awaited = set(unit.wanted.indices) if unit.wanted else set()
     try:
         for item in containers.walk(
             info, unit.format, how.keys, how.max_image_bytes, unit.wanted, on_retry
         ):
             found = item.index + 1
-            whole = whole and not isinstance(item, tfrecord.Damage)
+            awaited.discard(item.index)
+            if isinstance(item, tfrecord.Damage):  # which tells of what lies behind it
+                whole, awaited = False, set()
             yield _damaged(item, source, how) if isinstance(item, tfrecord.Damage) else item
+        for index in sorted(awaited):
+            ref = ImageRef(place_key(source, index), source, index)
+            told = "the file ends before this record, which an earlier run has seen"
+            yield Failure.of(ref, "read", ImageError("MissingRecords", told))
         known = how.counts.get(source, 0)
         if whole and found < known:
             message = f"ends after {found} records, and is known to have had {known}"
