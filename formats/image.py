@@ -316,6 +316,8 @@ def _scale_down(image: ImageFile.ImageFile, how: Preprocessing) -> int:
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation of `image`, 1 to 8; 1 where there is none or it cannot be read."""
+    for name in ("xmp", "XML:com.adobe.xmp"):  # what Pillow would look into where EXIF has none
+        image.info.pop(name, None)
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         return int(turn) if turn in TURNS else 1

@@ -31,9 +31,12 @@ _NO_PYTHON = (OverflowError, ValueError, LookupError)
 
 def open_file(stream: BinaryIO) -> pq.ParquetFile:
     """The file that `stream` holds. Raises pa.ArrowInvalid or OSError where it holds none."""
-    return pq.ParquetFile(
-        stream, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
-    )
+    try:
+        return pq.ParquetFile(
+            stream, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+        )
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a column's name is no UTF-8: {error}") from None
 
 
 def read_schema(stream: BinaryIO) -> pa.Schema | None:
@@ -163,24 +166,52 @@ def read_images(stream: BinaryIO, size: int, keys: ExampleKeys) -> Iterator[Foun
             raise
         yield Damage(0, 0, "NotParquet", f"cannot be opened as Parquet: {error}", size)
         return
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != file.metadata.num_rows:
+        told = f"its row groups tell of {sum(groups)} rows, and itself of {file.metadata.num_rows}"
+        yield Damage(0, 0, "NotParquet", told, size)
+        return
     names = set(file.schema_arrow.names)
     wanted = [n for n in dict.fromkeys((keys.image, *fields.names_of(keys))) if n in names]
     start = 0
-    for group in range(file.num_row_groups):
-        meta = file.metadata.row_group(group)
+    for group, rows in enumerate(groups):
         index = start
-        start += meta.num_rows
+        start += rows
         try:
-            for row in _rows(file, group, wanted):
+            # Rows that the footer does not tell of would have the places of others.
+            for row in itertools.islice(_group(file, group, wanted), rows):
                 yield _found(row, index, keys)
                 index += 1
+            if index < start:
+                raise pa.ArrowInvalid("the columns end before")
         except (pa.ArrowException, OSError) as error:
             if getattr(stream, "error", None):
                 raise
-            column = meta.column(0)
-            offset = column.dictionary_page_offset or column.data_page_offset
             lost = f"rows {index} to {start - 1} ({start - index} of them) cannot be read: {error}"
-            yield Damage(offset, index, "ParquetDamage", lost, meta.total_byte_size)
+            size = file.metadata.row_group(group).total_byte_size
+            # Its row stands for its offset: of a damaged column Arrow's library may abort when it
+            # is asked where that lies.
+            yield Damage(index, index, "ParquetDamage", lost, size)
+
+
+def _group(file: pq.ParquetFile, group: int, wanted: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a group; an error instead of the values of a column that Arrow cannot give.
+
+    It writes nulls in lists of a fixed size, and does not read them.
+    """
+    done = 0
+    try:
+        for row in _rows(file, group, wanted):
+            yield row
+            done += 1
+    except pa.ArrowInvalid as error:
+        schema = file.schema_arrow
+        sized = [n for n in wanted if pa.types.is_fixed_size_list(schema.field(n).type)]
+        others = [name for name in wanted if name not in sized]
+        if not sized or not others:
+            raise
+        for row in itertools.islice(_rows(file, group, others), done, None):
+            yield row | dict.fromkeys(sized, error)
 
 
 def _rows(file: pq.ParquetFile, group: int, wanted: list[str]) -> Iterator[dict[str, Any]]:

@@ -114,7 +114,10 @@ def open_part(output: str, path: str, size: int | None = None) -> pq.ParquetFile
     """
     full = files.join(output, path)
     stream = SteadyStream(full, files.size_of(full) if size is None else size)
-    return pq.ParquetFile(stream, page_checksum_verification=True)
+    try:
+        return pq.ParquetFile(stream, page_checksum_verification=True)
+    except UnicodeDecodeError as error:  # in the names of a damaged footer
+        raise pa.ArrowInvalid(f"{full}: {error}") from None
 
 
 def list_parts(output: str) -> dict[str, int]:

@@ -85,6 +85,9 @@ class InflatedStream:
 def _inflate(source: ExactStream, data: bytes) -> Iterator[bytes]:
     """Decompressed blocks, none of them empty; zlib.error after the last one before a damage."""
     while data := data or source.read(_CHUNK):
+        data = data.lstrip(b"\0")  # what a file is filled up with to whole blocks
+        if not data:
+            continue
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
             data = data or source.read(_CHUNK)

@@ -31,6 +31,8 @@ DEFAULT_IMAGE, DEFAULT_LABEL = ExampleKeys().image, ExampleKeys().label
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _TEXT_BYTES = 16 << 20  # largest member that is read as text or JSON
+_NAME_FIELD = 100  # bytes of a name in a header itself
+_GNU = b"ustar  \0"
 _NAME_BYTES = 1 << 20  # largest header of a long name
 _SAMPLE_BYTES = 512 << 20  # a sample is cut in two rather than hold more than this
 _NUMBERS = ("cls", "cls2", "class", "count", "index", "inx", "id")  # integers in WebDataset too
@@ -272,13 +274,16 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (tarfile.HeaderError, ValueError):
         return None
+    if block[257:265] == _GNU and info.type not in tarfile.GNU_TYPES:
+        # What is a prefix of the name elsewhere are times here, of an incremental archive.
+        info.name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     return info if info.size >= 0 else None
 
 
 def _walk(
     source: ExactStream | InflatedStream, block: bytes, wants: Callable[[str, int], bool]
 ) -> Iterator[_Member | _End | tuple[int, str, str]]:
-    """Members in order; a damage, as offset, class and message, is the last item.
+    """Members in order; a damage, as offset, class and message, is the last item, but of a name.
 
     Several tars one after the other are read as one. Payloads are read where `wants` the name and
     size. Nothing comes of zero bytes.
@@ -287,7 +292,7 @@ def _walk(
         return
     offset = first = 0  # of this header, and of the first one that belongs to its member
     long: dict[str, str] = {}
-    ended = False
+    ended = damaged = False
     while True:
         if block == _ZEROS:
             if not ended:
@@ -331,7 +336,7 @@ def _walk(
         if about and size > _NAME_BYTES:
             yield first, "BadHeader", f"a tar header that tells of a name of {size} bytes"
             return
-        name = long.get("path", info.name)
+        name = long.get("GNU.sparse.name", long.get("path", info.name))
         data = None
         if about or (info.isreg() and wants(name, size)):
             data = source.read(size)
@@ -349,7 +354,17 @@ def _walk(
         if about == "path":
             long["path"] = (data or b"").rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif about == "pax":
-            long |= _pax(data or b"")
+            records = _pax(data or b"")
+            damaged = damaged or records is None
+            long |= records or {}
+        elif not about and (damaged or (long and _is_cut(info, long))):
+            yield (
+                first,
+                "BadHeader",
+                "an extended tar header that is damaged, and may name a member",
+            )
+            long, damaged = {}, False
+            first = offset
         elif not about:
             stored = info.isreg() and info.type != tarfile.GNUTYPE_SPARSE
             stored = stored and not any(name.startswith("GNU.sparse") for name in long)
@@ -360,14 +375,25 @@ def _walk(
         block = source.read(_BLOCK)
 
 
-def _pax(data: bytes) -> dict[str, str]:
-    """The records of an extended header; what does not parse ends them."""
+def _is_cut(info: tarfile.TarInfo, long: Mapping[str, str]) -> bool:
+    """Whether this looks like the beginning of a name that the header before it should have."""
+    fills = len(info.name.encode("utf-8", "surrogateescape")) == _NAME_FIELD
+    return fills and _split(info.name) is None and not {"path", "GNU.sparse.name"} & set(long)
+
+
+def _pax(data: bytes) -> dict[str, str] | None:
+    """The records of an extended header; None where they do not parse."""
     values = {}
     at = 0
-    while found := _PAX.match(data, at):
-        length = int(found[1])
-        if length <= found.end() - at:
-            break
+    while at < len(data.rstrip(b"\0")):
+        found = _PAX.match(data, at)
+        length = int(found[1]) if found else 0
+        if (
+            found is None
+            or length <= found.end() - at
+            or data[at + length - 1 : at + length] != b"\n"
+        ):
+            return None
         text = data[found.end() : at + length - 1].decode("utf-8", "surrogateescape")
         values[found[2].decode("utf-8", "surrogateescape")] = text
         at += length

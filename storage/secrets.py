@@ -14,7 +14,8 @@ _URL = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/?#]*@")
 _PARAMETER = re.compile(r"(?<=[?&;])([^=&;#]+)=([^&;#]*)")
 _TELLING = re.compile(  # anywhere in a parameter's name
-    r"signature|token|secret|password|passwd|pwd|credential|(?:api|access)[_-]?key", re.IGNORECASE
+    r"signature|token(?!iz)|secret|password|passwd|pwd|credential|(?:api|access)[_-]?key",
+    re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _TELLING_WORDS = {"sig", "auth", "oauth", "authorization", "authkey", "key"}  # not design, author
@@ -67,8 +68,8 @@ def hide(text: str) -> str:
 def hide_in_url(text: str, apart: bool = False) -> str:
     """`text` without the credentials that its http(s) addresses hold.
 
-    With `apart` two addresses that differ in a parameter `key` stay two: it may be a credential or
-    the name of a picture, and 8 digits of its SHA-256 take its place. Others are renewed from day
+    With `apart` two addresses that differ in a parameter such as `key` or `image_key` stay two: it
+    may be a credential or the name of a picture, and 8 digits of its SHA-256 take its place. Others are renewed from day
     to day (signatures), while the picture is the same.
     """
 
@@ -77,7 +78,7 @@ def hide_in_url(text: str, apart: bool = False) -> str:
         if not _is_telling(name) or _MARKED.fullmatch(value):
             return parameter[0]
         mark = hashlib.sha256(value.encode("utf-8", "backslashreplace")).hexdigest()[:8]
-        return f"{name}=***{mark if apart and name.lower() == 'key' else ''}"
+        return f"{name}=***{mark if apart and _may_name_a_picture(name) else ''}"
 
     def bare(url: re.Match[str]) -> str:
         return _PARAMETER.sub(hidden, _USER.sub("***@", url[0], count=1))
@@ -87,8 +88,15 @@ def hide_in_url(text: str, apart: bool = False) -> str:
 
 def _is_telling(name: str) -> bool:
     """Whether a parameter of this name holds a credential, or may."""
-    words = {word.lower() for word in _WORD.findall(name)}
-    return bool(_TELLING.search(name) or words & _TELLING_WORDS)
+    return bool(_TELLING.search(name) or _telling_words(name))
+
+
+def _may_name_a_picture(name: str) -> bool:
+    return not _TELLING.search(name) and _telling_words(name) == {"key"}
+
+
+def _telling_words(name: str) -> set[str]:
+    return {word.lower() for word in _WORD.findall(name)} & _TELLING_WORDS
 
 
 def _in_environment() -> set[str]:

@@ -274,6 +274,19 @@ def test_exif_orientation_is_undone(turn, upright):
     assert decode_image(data, Preprocessing(2))[0][..., 0].tolist() == upright
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_that_only_xmp_tells_is_none(kind):
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    how = {"xmp": packet}
+    if kind == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", packet.decode())
+        how = {"pnginfo": text}
+    data = pictures.encode(Image.new("RGB", (40, 28)), kind, **how)
+    assert Image.open(BytesIO(data)).getexif()[pictures.ORIENTATION] == 6  # as Pillow has it
+    assert decode_image(data, Preprocessing(8))[1:] == (40, 28)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("turn", range(10))
 def test_size_is_told_after_orientation(kind, turn):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -296,8 +299,7 @@ def test_damage_costs_the_rest_of_its_row_group():
     assert set(others) <= set(range(40)) - {25}
     assert sorted({*others, damage.index}) == sorted([*others, damage.index])
     assert (damage.error_class, damage.bytes > 0) == ("ParquetDamage", True)
-    meta = pq.read_metadata(io.BytesIO(grouped())).row_group(2)
-    assert damage.offset == meta.column(0).data_page_offset
+    assert damage.offset == damage.index
     assert f"rows {damage.index} to 29" in damage.message
     assert all(item.data == bytes([item.index]) * 3000 for item in found if item is not damage)
 
@@ -309,6 +311,68 @@ def test_what_is_no_parquet_file_is_one_damage(data):
     assert damage.bytes == len(data)
     assert parquet.count_rows(io.BytesIO(data)) == 1
     assert parquet.read_schema(io.BytesIO(data)) is None
+
+
+_FLIPS = """
+import io, sys
+from formats import parquet
+from formats.example import ExampleKeys
+from formats.tfrecord import Damage
+
+data, step = sys.stdin.buffer.read(), int(sys.argv[1])
+foot = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+silent = []
+for bit in range(8 * foot, 8 * (len(data) - 8), step):
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    items = list(parquet.read_images(io.BytesIO(flipped), len(data), ExampleKeys(image="image")))
+    whole = [(n, b"%d" % n * 40) for n in range(60)] == [
+        (i.index, getattr(i, "data", None)) for i in items
+    ]
+    told = any(isinstance(i, Damage) for i in items) or all(i.error for i in items if items)
+    if not whole and not (told and items):
+        silent.append(bit)
+print(silent)
+"""
+
+
+def test_no_flipped_bit_of_a_footer_ends_the_process_or_hides_rows():
+    """Arrow's library aborts where it is asked of a column whose description is damaged."""
+    stream = io.BytesIO()
+    table = pa.table({"image": [b"%d" % n * 40 for n in range(60)], "label": list(range(60))})
+    pq.write_table(table, stream, row_group_size=20, write_page_checksum=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _FLIPS, "5"],
+        input=stream.getvalue(),
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr.decode()[-1000:]
+    assert ran.stdout.decode().strip() == "[]"
+
+
+def test_a_column_whose_name_is_no_utf8_is_one_damage():
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x"], "caption": ["y"]}), stream, store_schema=False)
+    (damage,) = read(stream.getvalue().replace(b"caption", b"\xe3aption"))
+    assert (damage.error_class, damage.index) == ("NotParquet", 0)
+    assert "no UTF-8" in damage.message
+
+
+def test_a_null_in_a_list_of_fixed_size_costs_no_other_row():
+    sized = pa.array([[1.0, n] for n in range(39)] + [None], pa.list_(pa.float32(), 2))
+    table = pa.table({"image": [b"%d" % n for n in range(40)], "sized": sized})
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    data = stream.getvalue()
+    keys = ExampleKeys(image="image", columns=("sized",))
+    found = list(parquet.read_images(io.BytesIO(data), len(data), keys))
+    assert [item.index for item in found] == list(range(40))
+    assert {item.error.error_class for item in found if item.error} == {"ColumnType"}
+    assert found[0].error is None
+    alone = list(parquet.read_images(io.BytesIO(data), len(data), ExampleKeys(image="image")))
+    assert all(item.error is None for item in alone)
 
 
 def test_an_error_of_the_store_is_no_damage():

@@ -69,6 +69,11 @@ def test_addresses_that_differ_in_a_key_stay_two_and_those_of_another_signature_
     assert "photo" not in first + second
     assert shown(first) == first == shown("https://h/get?key=photo1&n=1")
     assert secrets.hide(f"at {first}: gone") == f"at {first}: gone"
+    for name in ("image_key", "photoKey", "object-key", "s3key"):
+        others = [shown(f"https://h/get?{name}={picture}") for picture in ("monday", "tuesday")]
+        assert len(set(others)) == 2
+        assert "day" not in "".join(others)
+    assert shown("https://h/get?tokenizer=fast") == "https://h/get?tokenizer=fast"
     signed = {shown(f"https://u:p{n}@h/a.jpg?Signature={n}&token={n}") for n in (1, 2)}
     assert signed == {"https://***@h/a.jpg?Signature=***&token=***"}
 

@@ -404,3 +404,51 @@ def test_whatever_is_flipped_nothing_comes_twice_or_raises(data):
     for n, item in enumerate(read(whole)):
         if (n + 1) * 1536 <= at:
             assert items[n].data == item.data
+
+
+LONG = f"{'d' * 60}/{'e' * 60}/b"
+
+
+def test_a_long_name_that_is_damaged_is_told_of_and_what_follows_is_read():
+    members = [("a.jpg", b"one"), (f"{LONG}.jpg", b"two"), ("c.jpg", b"three")]
+    data = tar(*members)
+    assert shape(read(data)) == [(0, b"one"), (1, b"two"), (2, b"three")]
+    at = data.index(b" path=")
+    start = data.rindex(b"\0", 0, at) + 1
+    for position in range(start, at + len(b" path=")):  # what follows is the name itself
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << bit
+            items = read(bytes(damaged))
+            found = [i.data for i in items if not isinstance(i, Damage) and i.data]
+            told = [i for i in items if isinstance(i, Damage) or i.error]
+            assert set(found) >= {b"one", b"three"}
+            assert len(found) == 3 or told, (position - start, bit)
+
+
+def test_a_name_that_fills_its_field_is_whole_beside_other_records():
+    """As GNU tar writes times beside every member."""
+    info = tarfile.TarInfo(f"{'n' * 96}.jpg")
+    info.pax_headers = {"mtime": "1.5"}
+    other = tarfile.TarInfo("n" * 96)
+    other.pax_headers = {"mtime": "1.5"}
+    data = tar((info, b"one"), (other, b""), ("b.jpg", b"two"))
+    assert shape(read(data)) == [(0, b"one"), (1, b"two")]
+
+
+def test_times_of_an_incremental_archive_are_no_part_of_a_name():
+    data = bytearray(tar(("1.cls", b"7"), ("1.jpg", b"one"), format=tarfile.GNU_FORMAT))
+    for start in (0, 1024):
+        assert data[start + 257 : start + 265] == b"ustar  \0"
+        data[start + 345 : start + 369] = b"14524770627\x0014524770636\0"
+        total = sum(data[start : start + 148]) + 8 * 32 + sum(data[start + 156 : start + 512])
+        data[start + 148 : start + 156] = b"%06o\0 " % total
+    (found,) = read(bytes(data), ExampleKeys(id="__key__"))
+    assert (found.data, found.values) == (b"one", {"__key__": "1", "image/class/label": 7})
+
+
+def test_a_sparse_member_has_its_real_name():
+    info = tarfile.TarInfo("d/GNUSparseFile.18032/s")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.name": "d/s.jpg"}
+    data = tar(("d/s.cls", b"3"), (info, b"1\n0\n"))
+    assert shape(read(data)) == [(0, "UnsupportedMember")]
