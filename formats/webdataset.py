@@ -358,11 +358,7 @@ def _walk(
             damaged = damaged or records is None
             long |= records or {}
         elif not about and (damaged or (long and _is_cut(info, long))):
-            yield (
-                first,
-                "BadHeader",
-                "an extended tar header that is damaged, and may name a member",
-            )
+            yield first, "BadHeader", "an extended header is damaged, which may name a member"
             long, damaged = {}, False
             first = offset
         elif not about:

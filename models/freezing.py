@@ -26,7 +26,12 @@ EMBEDDING, LOGITS = "embedding", "logits"
 HUB_V1_SIGNATURES = {EMBEDDING: "image_feature_vector", LOGITS: "image_classification"}
 _NOTHING = "_generic_user_object"  # an object of a SavedModel that does nothing itself
 _GRADIENT = "_gradient_op_type"  # names an operation's own gradient
-_ALIAS = "feature_vector"  # of the embedding
+# Of the hub's signatures, as outputs are called too.
+_ALIASES = {
+    "feature_vector": EMBEDDING,
+    "image_feature_vector": EMBEDDING,
+    "image_classification": LOGITS,
+}
 _SUMS = {"Add", "AddV2"}
 _LINEAR_TAIL = {"Identity", "BiasAdd", "StopGradient", "Squeeze", "Reshape", "Cast", *_SUMS}
 _SIZES = {"Shape", "Size"}
@@ -105,7 +110,14 @@ def freeze(directory: str, hints: Hints, allow_unsafe_ops: bool = False) -> Froz
             "which is which cannot be told; export it with a signature serving_default"
         )
     named = dict(zip(tensors, found, strict=True))
-    outputs = named if set(named) == {EMBEDDING, LOGITS} else _roles(directory, named)
+    for tensor, known in zip(found, function.outputs, strict=True):
+        _keep_width(tensor, known.shape)
+    outputs = dict(named)
+    if set(named) != {EMBEDDING, LOGITS}:
+        outputs = _roles(directory, named)
+    elif (logits := _activation_input(named[LOGITS])) is not None:
+        outputs[LOGITS] = logits
+    _warn_of_training(directory, outputs.values())
     for role, tensor in outputs.items():
         if not _is_vector(tensor):
             raise ModelError(f"--model {directory}: its {role} is no vector, but {tensor.shape}")
@@ -344,12 +356,14 @@ def _roles(directory: str, named: Mapping[str, tf.Tensor]) -> dict[str, tf.Tenso
     """Which tensor is the embedding and which the logits.
 
     Where names do not tell: what a last dense layer (or 1x1 convolution) makes, and what goes into
-    a softmax, is logits, and what goes into that layer, of named logits too, is the embedding; any
-    other vector is an embedding.
+    a softmax or into such a layer's sigmoid, is logits, and what goes into that layer, of named
+    logits too, is the embedding; any other vector is an embedding. Of a softmax that is called
+    logits, logits are what goes into it.
     """
     vectors = {name: tensor for name, tensor in named.items() if _is_vector(tensor)}
-    if _ALIAS in vectors:
-        vectors.setdefault(EMBEDDING, vectors.pop(_ALIAS))
+    for alias, role in _ALIASES.items():
+        if alias in vectors:
+            vectors.setdefault(role, vectors.pop(alias))
     if not vectors:
         shapes = ", ".join(f"{name} {t.shape}" for name, t in named.items())
         raise ModelError(f"--model {directory}: no output is one vector an image ({shapes})")
@@ -357,10 +371,12 @@ def _roles(directory: str, named: Mapping[str, tf.Tensor]) -> dict[str, tf.Tenso
     for name, tensor in vectors.items():
         if name == EMBEDDING:  # also where a dense layer made it
             continue
-        before_softmax = _softmax_input(tensor)
-        logits = tensor if before_softmax is None else before_softmax
+        before = _activation_input(tensor)
+        logits = tensor if before is None else before
         features = _dense_input(logits)
-        if features is not None or before_softmax is not None:
+        if before is not None and name == LOGITS:
+            found[LOGITS] = logits
+        elif features is not None or before is not None:
             found.setdefault(LOGITS, logits)
         elif name != LOGITS:
             features = tensor
@@ -376,16 +392,47 @@ def _is_vector(tensor: tf.Tensor) -> bool:
     return tensor.dtype.is_floating and square and bool(shape[-1])
 
 
-def _softmax_input(tensor: tf.Tensor) -> tf.Tensor | None:
-    """What goes into the softmax that `tensor` is, in whatever shape; None if it is none."""
+def _activation_input(tensor: tf.Tensor) -> tf.Tensor | None:
+    """What goes into the softmax, or a dense layer's sigmoid, that `tensor` is, in whatever shape;
+    None if it is neither.
+    """
     while tensor.op.type in ("Identity", "Reshape", "Squeeze", "Cast"):
         tensor = tensor.op.inputs[0]
-    if tensor.op.type != "Softmax":
+    activation = tensor.op.type
+    if activation not in ("Softmax", "Sigmoid"):
         return None
     tensor = tensor.op.inputs[0]
     while not _is_vector(tensor) and tensor.op.type in ("Identity", "Reshape"):
         tensor = tensor.op.inputs[0]
-    return tensor if _is_vector(tensor) else None
+    if not _is_vector(tensor) or (activation == "Sigmoid" and _dense_input(tensor) is None):
+        return None
+    return tensor
+
+
+def _keep_width(tensor: tf.Tensor, known: tf.TensorShape) -> None:
+    """Tell `tensor` its last dimension, that of the shape `known`, where it has none itself."""
+    if known.rank and tensor.shape.rank == known.rank and tensor.shape[-1] is None:
+        tensor.set_shape([None] * (known.rank - 1) + [known[-1]])
+
+
+def _warn_of_training(directory: str, outputs: Iterable[tf.Tensor]) -> None:
+    """Warn of a batch norm that takes its statistics from the batch, among what `outputs` need."""
+    seen: set[str] = set()
+    waiting = [tensor.op for tensor in outputs]
+    while waiting:
+        op = waiting.pop()
+        if op.name in seen:
+            continue
+        seen.add(op.name)
+        waiting += [read.op for read in op.inputs]
+        if op.type.startswith("FusedBatchNorm") and op.get_attr("is_training"):
+            log.warning(
+                "--model %s: %s takes its mean and variance from the batch (is_training), so that "
+                "a picture's vector depends on the others of its batch; export it for inference",
+                directory,
+                op.name.removeprefix("at_size/"),
+            )
+            return
 
 
 def _dense_input(tensor: tf.Tensor) -> tf.Tensor | None:
@@ -398,6 +445,11 @@ def _dense_input(tensor: tf.Tensor) -> tf.Tensor | None:
                 return None
         tensor = parts[0]
     features = tensor.op.inputs[0] if tensor.op.inputs else tensor
+    if tensor.op.type == "MatMul":  # a vector that was flattened may not tell its width
+        kernel = tensor.op.inputs[1].shape
+        if kernel.rank == 2 and not tensor.op.get_attr("transpose_a"):
+            rows = kernel[1 if tensor.op.get_attr("transpose_b") else 0]
+            _keep_width(features, tf.TensorShape([None, rows]))
     if tensor.op.type == "MatMul" or (tensor.op.type == "Conv2D" and features.shape[1:3] == [1, 1]):
         return features if _is_vector(features) else None
     return None

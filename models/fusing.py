@@ -60,13 +60,19 @@ def to_bfloat16(graph: Graph) -> None:
 
 
 def _layers(graph: Graph) -> set[str]:
-    """The convolutions, and what reads them or what so follows without leaving such operations."""
+    """The convolutions, and what reads them or what so follows without leaving such operations.
+
+    What is a vector for each picture already, such as a head's convolution of 1 x 1, is none.
+    """
     readers = graph.readers()
+    shapes = graph.shapes()
     layers: set[str] = set()
     waiting = [node for node in graph.nodes.values() if node.op in _CONVOLUTIONS]
     while waiting:
         node = waiting.pop()
         if node.name in layers or node.name in graph.keep or kind(node) != _FLOAT:
+            continue
+        if (shapes.get(node.name) or [])[1:3] == [1, 1]:
             continue
         layers.add(node.name)
         waiting += [reader for reader in readers[node.name] if reader.op in _BFLOAT16_OPS]
@@ -236,7 +242,10 @@ def _rows_a_picture(shapes: dict[str, list[int | None]], source: Any, width: int
     """How many rows of `width` each picture has in `source`, one where nothing tells."""
     if source.op != "Reshape":
         return 1
-    batch, *places, last = shapes.get(source.input[0]) or [1, 1]
+    shape = shapes.get(source.input[0]) or []
+    if len(shape) < 2:
+        return 1
+    batch, *places, last = shape
     known = [place for place in places if place]
     each = batch is None and last == width and len(known) == len(places)
     return math.prod(known) if each else 1

@@ -226,12 +226,17 @@ def _wild(graph: Graph) -> Iterator[str]:
     may be meant.
     """
     for name, array in graph.weights.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all() and not _is_mask(array):
             yield name
     for node in graph.nodes.values():
         floating = node.op == "Const" and tf.as_dtype(kind(node, "dtype")).is_floating
         if floating and np.isnan(tf.make_ndarray(node.attr["value"].tensor)).any():
             yield node.name
+
+
+def _is_mask(array: np.ndarray) -> bool:
+    """Whether it only tells what attention may not look at: zeros and minus infinity."""
+    return bool(((array == 0) | np.isneginf(array)).all())
 
 
 def _read_prepared(directory: str) -> tuple[ModelInfo, Graph]:

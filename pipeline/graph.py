@@ -26,7 +26,8 @@ from transforms.sources import ReadImages, Reading
 class Plan:
     """Everything that is decided before the graph is built; `started` in seconds since 1970.
 
-    `fingerprint`: the model's, which the manifest will tell and every worker holds its own against.
+    `fingerprint` and `value_range`: the model's, which the manifest tells and every worker holds
+    its own against.
     `isolation`: what decoding may take in processes of its own; None: it happens in threads.
     `accelerator`: Beam's resource hint of the steps that run the model, None for none.
     """
@@ -39,6 +40,7 @@ class Plan:
     isolation: Limits | None
     model: LoadSpec
     fingerprint: str
+    value_range: tuple[float, float]
     batch_size: int
     table: TableSpec
     rows_per_file: int | None
@@ -72,7 +74,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     )
     if plan.stop_after == "read":
         return count(read.images, [read.failures])
-    handler = FrozenModelHandler(plan.model, plan.batch_size, plan.table.dtype, plan.fingerprint)
+    handler = FrozenModelHandler(
+        plan.model, plan.batch_size, plan.table.dtype, plan.fingerprint, plan.value_range
+    )
     _, at_once = handler.call_sizes
     decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation, at_once)
     if plan.stop_after == "decode":

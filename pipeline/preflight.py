@@ -124,6 +124,7 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         isolation=isolation,
         model=spec,
         fingerprint=info.fingerprint,
+        value_range=info.value_range,
         batch_size=options.batch_size
         or default_batch_size(info.image_size, options.precision, on_gpu),
         table=table,

@@ -69,8 +69,8 @@ def hide_in_url(text: str, apart: bool = False) -> str:
     """`text` without the credentials that its http(s) addresses hold.
 
     With `apart` two addresses that differ in a parameter such as `key` or `image_key` stay two: it
-    may be a credential or the name of a picture, and 8 digits of its SHA-256 take its place. Others are renewed from day
-    to day (signatures), while the picture is the same.
+    may be a credential or the name of a picture, and 8 digits of its SHA-256 take its place.
+    Others are renewed from day to day (signatures), while the picture is the same.
     """
 
     def hidden(parameter: re.Match[str]) -> str:

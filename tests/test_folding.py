@@ -443,6 +443,12 @@ PRODUCTS = {
         lambda net, x: tf.matmul(x[0, 0], net.random.normal(size=(7, 5)), transpose_a=True),
         0,
     ),
+    "one number a picture": (
+        lambda net, x: tf.matmul(
+            tf.reshape(tf.norm(x[:, 0, 0], axis=1), [-1, 1]), net.random.normal(size=(1, 5))
+        ),
+        1,
+    ),
     "what is no constant": (lambda net, x: tf.matmul(x[:, 0, 0], x[0, 0], transpose_b=True), 0),
 }
 
@@ -550,6 +556,20 @@ def test_the_dense_layer_and_its_bias_stay_in_float32():
         kernel = net.random.normal(size=(CHANNELS, 5)).astype(np.float32)
         bias = np.full(5, 10.03, np.float32)
         return tf.nn.relu(tf.identity(tf.nn.bias_add(pooled @ kernel, bias)))
+
+    graph = Graph(build(make), ["y"])
+    to_bfloat16(graph)
+    layers = [n for n in graph.nodes.values() if graph_kind(n) == tf.bfloat16.as_datatype_enum]
+    assert Counter(node.op for node in layers) == {"Conv2D": 1, "BiasAdd": 1, "Relu": 1}
+
+
+def test_a_convolved_head_and_the_vector_that_it_reads_stay_in_float32():
+    def make(net: Net, x: tf.Tensor) -> tf.Tensor:
+        features = tf.nn.relu(tf.nn.bias_add(net.conv(x - 0.5), np.ones(CHANNELS, np.float32)))
+        pooled = tf.nn.avg_pool2d(features, SIDE, 1, "VALID")
+        kernel = net.random.normal(size=(1, 1, CHANNELS, 5)).astype(np.float32)
+        logits = tf.nn.conv2d(pooled, kernel, 1, "SAME")
+        return tf.squeeze(tf.nn.bias_add(logits, np.full(5, 10.03, np.float32)), [1, 2])
 
     graph = Graph(build(make), ["y"])
     to_bfloat16(graph)

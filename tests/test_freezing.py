@@ -236,6 +236,11 @@ def trunk(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.nn.relu(x * 2.0 - 1.0), [1, 2]) @ tf.constant(KERNEL)
 
 
+def flattened(x: tf.Tensor) -> tf.Tensor:
+    """`trunk`, its width not to be told from the graph, as `Flatten` of open sizes has it."""
+    return tf.reshape(trunk(x)[:, None, :], [tf.shape(x)[0], -1])
+
+
 def pooled(x: tf.Tensor) -> tf.Tensor:
     """A vector that no dense layer made."""
     return tf.reduce_mean(tf.nn.relu(x * 2.0 - 1.0), [1, 2]) * tf.constant([1.0, 2.0, 3.0])
@@ -284,6 +289,23 @@ OUTPUTS = {
     "a convolved head, left in four dimensions": (
         lambda x: {"y": convolved(x, lambda net: net)},
         BOTH,
+    ),
+    "a head on a vector that was flattened": (lambda x: {"y": dense(flattened(x))}, BOTH),
+    "such a head called logits": (lambda x: {"logits": dense(flattened(x))}, BOTH),
+    "such a head's softmax": (lambda x: {"y": tf.nn.softmax(dense(flattened(x)))}, BOTH),
+    "a softmax called logits": (lambda x: {"logits": tf.nn.softmax(dense(trunk(x)))}, BOTH),
+    "a softmax called logits beside its vector": (
+        lambda x: {"logits": tf.nn.softmax(dense(trunk(x))), "embedding": trunk(x)},
+        BOTH,
+    ),
+    "a sigmoid of a dense layer": (lambda x: {"y": tf.sigmoid(dense(trunk(x)))}, BOTH),
+    "a sigmoid of no dense layer": (
+        lambda x: {"y": tf.sigmoid(pooled(x))},
+        {"embedding": 1 / (1 + np.exp(-POOLED))},
+    ),
+    "the hub's name of a vector, of a dense layer": (
+        lambda x: {"image_feature_vector": dense(trunk(x))},
+        {"embedding": LOGITS},
     ),
     "a vector": (lambda x: {"y": pooled(x)}, {"embedding": POOLED}),
     "a vector in four dimensions": (
@@ -346,6 +368,34 @@ def test_outputs_are_told_apart(name, tmp_path):
 def test_no_vector_at_all(run, tmp_path):
     with pytest.raises(ModelError, match="no output is one vector"):
         loaded(saved(tmp_path / "m", run))
+
+
+def test_a_batch_norm_of_the_batch_is_warned_of(tmp_path, caplog):
+    def run(x):
+        ones = tf.ones(3)
+        return {"y": pooled(tf.compat.v1.nn.fused_batch_norm(x, ones, ones, is_training=True)[0])}
+
+    with caplog.at_level("WARNING", logger="pipeline"):
+        loaded(saved(tmp_path / "m", run), value_range=(0.0, 1.0))
+    assert "FusedBatchNormV3 takes its mean and variance from the batch" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="pipeline"):
+        loaded(saved(tmp_path / "n", lambda x: {"y": pooled(x)}), value_range=(0.0, 1.0))
+    assert "from the batch" not in caplog.text
+
+
+def test_a_mask_of_minus_infinity_is_no_wild_weight(tmp_path):
+    mask = np.where(np.tri(32), 0, -np.inf).astype(np.float32)  # large enough for a weight
+
+    def run(x):
+        scores = tf.reduce_mean(x) + tf.constant(mask)
+        return {"y": pooled(x) * tf.reduce_sum(tf.nn.softmax(scores)) / 32.0}
+
+    model = loaded(saved(tmp_path / "m", run), value_range=(0.0, 1.0))
+    assert np.isfinite(model(PIXELS)["embedding"]).all()
+    mask[0, 0] = np.nan
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        loaded(saved(tmp_path / "n", run), value_range=(0.0, 1.0))
 
 
 def test_a_serving_signature_among_others(tmp_path):

@@ -172,6 +172,7 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         batch_size: int,
         dtype: str = "float32",
         fingerprint: str | None = None,
+        value_range: tuple[float, float] | None = None,
     ):
         super().__init__()
         first = most = batch_size * spec.copies
@@ -182,6 +183,7 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         self._batch_size = batch_size
         self._largest = float(np.finfo(dtype).max)
         self._fingerprint = fingerprint
+        self._value_range = value_range
         self._run = uuid.uuid4().hex  # all copies of this handler share what they know
 
     def should_skip_batching(self) -> bool:
@@ -197,6 +199,12 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
                 f"the model at {self._spec.handle} has the fingerprint {found} here, and the run "
                 f"was planned with {self._fingerprint}: its rows would mix two models; prepare it "
                 "once (python -m pipeline.models prepare) and give --model that folder"
+            )
+        if self._value_range not in (None, model.info.value_range):
+            raise RunError(
+                f"the model at {self._spec.handle} takes pixels of {model.info.value_range} here, "
+                f"and the run was planned with {self._value_range}; prepare it once and give "
+                "--model that folder"
             )
         return model
 
