@@ -55,7 +55,15 @@ def compute_forever() -> None:
     compute(3600)
 
 
+def be_frozen() -> None:
+    """Waits, and computes later: at first it gets nothing of a core."""
+    time.sleep(0.3)
+    compute(0.2)
+
+
 FAULTS = {
+    b"FREEZE": be_frozen,
+    b"LEAK": lambda: _TAKEN.append(np.ones(40 << 20, np.uint8)),
     b"STARVED": get_little_of_a_core,
     b"BUSY": compute_forever,
     b"WARN": lambda: os.write(2, b"of another\n"),

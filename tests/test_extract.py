@@ -1022,7 +1022,7 @@ def test_resume_goes_on_from_a_killed_run(tmp_path, job):
     (killed.output / "_SUCCESS").unlink()
     parts = sorted((killed.output / "features").iterdir())
     parts[0].write_bytes(parts[0].read_bytes()[:-10])  # torn
-    (killed.output / "features" / ".tmp-0-part").write_bytes(b"half")
+    (killed.output / "features" / ".tmp-0a1b2c3d-part").write_bytes(b"half")
     ran = job(folder, if_exists="resume")
     assert (ran.line["features"], ran.line["skipped"]) == (2, 4)
     assert ran.rows("features") == whole
@@ -1080,7 +1080,10 @@ DATAFLOW = {"runner": "DataflowRunner", "project": "p", "region": "r"}
         ({"setup_file": __file__}, "takes one named setup.py only"),
         ({"extra_package": "/nowhere/p.tar.gz"}, "--extra_package /nowhere/p.tar.gz: no such file"),
         ({"runner": "PrismRunner", "prism_location": "/nowhere/p"}, "--prism_location /nowhere/p:"),
-        ({"class_names": "/nowhere/names", "model": "/nowhere/model"}, "--class_names /nowhere"),
+        (
+            {"class_names": "/nowhere/names", "top_k": "1", "model": "/no/model"},
+            "--class_names /now",
+        ),
         ({"input_format": "failures"}, "no output of this program"),
     ],
 )

@@ -106,6 +106,26 @@ def test_a_process_ends_as_it_should_though_nobody_reads_what_it_says(command, c
     assert ended.returncode == code
 
 
+def test_a_signal_ends_a_process_whose_files_cannot_be_removed():
+    """As on a disk that is gone: to remove what lies there raises."""
+    code = (
+        "from storage import temporaries; temporaries.track('/dev/null/x'); "  # no such folder
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    ended = answered(code, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (143, "interrupted by SIGTERM\n")
+
+
+def test_a_run_fails_with_its_reason_though_its_files_cannot_be_removed(caplog):
+    temporaries.track("/dev/null/x")
+    try:
+        line = job.failed("/out", OSError("the disk is gone"), 0)
+    finally:
+        temporaries.forget("/dev/null/x")
+    assert line["status"] == "failed"
+    assert "the disk is gone" in caplog.text
+
+
 def test_a_signal_is_told_of_though_stderr_is_held_back():
     """As it is while TensorFlow is imported."""
     held = "os.dup2(os.open(os.devnull, os.O_WRONLY), 2); os.kill(os.getpid(), signal.SIGTERM)"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +229,138 @@ def test_encoded_bytes_that_do_not_fit_are_told_as_such(start):
     processes = start(Limits(60, 16 << 20))
     assert failure(processes, PICTURE + bytes(64 << 20)).error_class == "DecoderOutOfMemory"
     assert processes.decode(PICTURE)[1:] == (64, 48)
+
+
+def test_what_a_decoder_leaks_fails_no_picture(start):
+    processes = start()
+    for _ in range(8):
+        assert processes.decode(PICTURE + b"LEAK")[1:] == (64, 48)
+    assert failure(processes, PICTURE + b"MEMORY").error_class == "DecoderOutOfMemory"
+
+
+_FROZEN = """
+import crashing, pictures
+from formats.image import Preprocessing
+from formats.isolation import DecodeProcesses, Limits
+
+processes = DecodeProcesses(Preprocessing(24), Limits(1, 128 << 20), crashing.decode_image)
+picture = pictures.jpeg(64, 48)
+processes.decode(picture)
+print(processes._server._process.pid, flush=True)
+print(processes.decode(picture + b"FREEZE")[1:], flush=True)
+processes.close()
+"""
+
+
+def python(code, *words, **how):
+    """A process of this Python that runs `code`, with the tests and the project to import."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}, **how
+    )
+
+
+def test_a_job_that_was_frozen_loses_no_picture():
+    """As by `docker pause`: clocks run on meanwhile."""
+    with python(_FROZEN) as job:
+        decoders = int(job.stdout.readline())
+        time.sleep(0.1)
+        job.send_signal(signal.SIGSTOP)
+        os.killpg(decoders, signal.SIGSTOP)
+        time.sleep(2)
+        os.killpg(decoders, signal.SIGCONT)
+        job.send_signal(signal.SIGCONT)
+        assert job.stdout.read() == "(64, 48)\n"
+
+
+_FEW_FILES = """
+import collections, os, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+import crashing, pictures
+from formats.image import Preprocessing
+from formats.isolation import DecodeProcesses, Limits
+
+files = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (files + 12, files + int(sys.argv[1])))
+processes = DecodeProcesses(Preprocessing(24), Limits(60, 128 << 20), crashing.decode_image)
+server = processes._server
+picture = pictures.jpeg(64, 48)
+
+def outcome(_):
+    try:
+        return str(processes.decode(picture)[1:])
+    except Exception as error:
+        return type(error).__name__
+
+with ThreadPoolExecutor(8) as threads:
+    outcomes = collections.Counter(threads.map(outcome, range(100)))
+print(sorted(outcomes), processes._server is server)
+processes.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "outcomes"),
+    [("4096", "['(64, 48)'] True\n"), ("12", "['(64, 48)', 'RunError'] True\n")],
+)
+def test_files_run_out_for_the_one_that_opens_them_and_nobody_else(more, outcomes):
+    """Machines of many cores need more than the usual limit, which is raised as far as may be."""
+    with python(_FEW_FILES, more) as job:
+        assert job.stdout.read() == outcomes
+
+
+def test_a_server_that_cannot_be_started_leaves_no_open_file(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(isolation.subprocess, "Popen", refuse)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Too many open files"):
+            DecodeProcesses(HOW, LIMITS)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_after_its_end_nothing_is_started(start):
+    processes = start()
+    processes.decode(PICTURE)
+    taken = processes._take(fresh=False)
+    processes._idle.append(taken)
+    processes.close()
+    with pytest.raises(RunError, match="nothing is decoded any more"):
+        processes.decode(PICTURE)
+    assert processes._server is None
+
+
+def test_a_picture_that_is_decoded_while_the_step_ends_leaves_nothing(start):
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    processes = start(decoder=crashing.decode_slowly)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(processes.decode, PICTURE)
+        assert soon(lambda: len(running(group(processes))) == 2)
+        processes.close()
+        assert answer.exception(60) is not None or answer.result()[1:] == (64, 48)
+    del answer  # whose traceback holds the process and its memory
+    gc.collect()
+    assert processes._idle == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_user_may_end_while_another_begins():
+    """As the garbage collector ends one, wherever it happens to run."""
+    with contextlib.ExitStack() as user:
+        user.enter_context(shared_processes(HOW, LIMITS, crashing.decode_image))
+
+        def end_within():
+            with isolation._sharing:
+                user.close()
+
+        thread = threading.Thread(target=end_within, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_processes_killed_between_pictures_cost_none(start):

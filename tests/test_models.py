@@ -28,6 +28,8 @@ from models.networks import is_trainable, variable_shapes
 from pipeline import job as pipeline_job
 from pipeline import models
 from storage import files, reach
+from storage.errors import RunError
+from transforms.inference import FrozenModelHandler
 
 WIDTHS = {"classification": {"embedding": 48, "logits": 11}, "feature_vector": {"embedding": 48}}
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
@@ -330,6 +332,19 @@ def test_a_model_that_is_swapped_between_plan_and_run_fails_the_run(job, monkeyp
     assert found in line
     assert "prepare it once" in line
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_model_that_takes_another_range_on_a_worker_is_refused(tmp_path):
+    """Prepared for another range it has the same graph and weights, and so the same fingerprint."""
+    model = str(exports.exported("hub_v1", "feature_vector"))
+    info = load(LoadSpec(model)).info
+
+    def handler(value_range):
+        return FrozenModelHandler(LoadSpec(model), 8, "float32", info.fingerprint, value_range)
+
+    assert handler(info.value_range).load_model().info is info
+    with pytest.raises(RunError, match=r"takes pixels of .* and the run was planned with"):
+        handler((-3.0, 3.0)).load_model()
 
 
 def test_a_prepared_model_prepared_again_is_the_same(prepared, told, tmp_path):

@@ -127,6 +127,22 @@ def test_addresses_are_asked_for_as_browsers_do(monkeypatch):
     assert waited == []  # another try would change nothing
 
 
+def test_an_address_that_gives_a_byte_now_and_then_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(web, "_PATIENCE", 0.3)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
+    with servers.http_site() as site:
+        slow = site.give("/slow.jpg", bytes(5000), pieces=5000)
+        with pytest.raises(OSError, match=r"only \d+ bytes came in"):
+            web.read_url(slow, 10_000)
+        assert site.requests["/slow.jpg"] == retries.REMOTE_TRIES
+        soon = site.give("/soon.jpg", bytes(50_000), pieces=25)  # half a second, and fast enough
+        assert web.read_url(soon, 100_000) == bytes(50_000)
+        assert web.read_url(soon, 100) == bytes(100)
+        cut = site.give("/cut.jpg", bytes(50_000), sent=100)
+        with pytest.raises(OSError, match="ended 49900 bytes too early"):
+            web.read_url(cut, 100_000)
+
+
 # --- a job with credentials in every place that takes any ---------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +159,16 @@ def test_read_at_most(store):
     assert read_at_most("/a", 10**6) == DATA
     store.errors = [None, OSError()]
     assert read_at_most("/a", 10**6) == DATA
+
+
+def test_what_never_ends_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(OSError, match="a pipe, a socket or a device"):
+            read_at_most(path, 10)
+    with pytest.raises(IsADirectoryError):
+        read_at_most(str(tmp_path), 10)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 4999, 5000, 6000])

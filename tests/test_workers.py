@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -193,6 +194,20 @@ def test_workers_are_pinned_in_turn():
         cores = [os.sched_getaffinity(process.pid) for process in pool._workers.values()]
     assert [len(share) for share in cores] == [1, 1]
     assert cores[0] != cores[1]
+
+
+def test_a_worker_that_cannot_be_pinned_is_ended(monkeypatch):
+    started = []
+
+    def refuse(pid, _):
+        started.append(pid)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    with served_pool() as (pool, ask):
+        assert "Invalid argument" in ask().StartWorker(start_request()).error
+        assert not pool._workers
+        assert not running(*started)
 
 
 def test_what_stands_in_the_way_is_the_answer(monkeypatch):
