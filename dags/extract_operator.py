@@ -104,8 +104,7 @@ class ExtractFeaturesOperator(BaseOperator):
         if code == WRONG_REQUEST:
             raise AirflowFailException(f"wrong request, exit 2: {last}")
         if code == TOO_MANY_FAILURES:
-            failures = f"{result['failures']} of {result['images']} images" if result else last
-            raise AirflowFailException(f"too many failures, exit 3, nothing published: {failures}")
+            raise AirflowFailException(f"too many failures, exit 3: {last}")
         raise AirflowException(f"the job {_ended(code)}: {last}")
 
     def on_kill(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 from formats import example, fields, parquet, tfrecord, webdataset
@@ -17,15 +17,20 @@ from storage.steady import SteadyStream
 
 TFRECORD, PARQUET, WEBDATASET = "tfrecord", "parquet", "webdataset"
 CONTAINERS = (TFRECORD, PARQUET, WEBDATASET)
+OF_ONE_RECORD = {"BadChecksum", webdataset.NAMELESS}  # damage behind which reading goes on
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which records of a container: those of `indices`, and from `start` on all but `without`."""
+    """Which records of a container: those of `indices`, and from `start` on all but `without`.
+
+    `keys`: of `indices`, as an earlier run has told them.
+    """
 
     indices: frozenset[int]
     start: int | None = None
     without: frozenset[int] = frozenset()
+    keys: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def __contains__(self, index: int) -> bool:
         later = self.start is not None and index >= self.start and index not in self.without

@@ -128,7 +128,9 @@ def _publish(
         failures = [part for part in [*adopted, *new] if part.kind == FAILURES]
         told = _manifest(run, "too_many_failures", failures, this_run, (), timing)
         told["judged"] = {"failures": failed, "images": taken_on}
-        return _reject(run, failures, told, ours - set(listed))
+        # What was adopted of them is told there too, and the next run may try it again.
+        doomed = ours | {part.path for part in failures}
+        return _reject(run, failures, told, doomed - set(listed))
     final = {part.path for part in parts}
     superseded = {*listed, *run.kept, *run.retried, *doomed, *ours} & set(there) | set(run.retired)
     manifest = _manifest(run, "complete", parts, this_run, superseded - final, timing)
@@ -217,18 +219,18 @@ def _reject(
     run: Publication,
     failures: Sequence[PartFile],
     manifest: Mapping[str, Any],
-    written: set[str],
+    doomed: set[str],
 ) -> dict[str, Any]:
     """Keep `failures` readable under `_failed/RUN_ID/`, an output of its own with `manifest`.
 
-    What the run has `written` is taken back.
+    The `doomed` files, what the run has written above all, are taken back.
     """
     folder = files.join(run.output, "_failed", run.run_id)
     for part in failures:
         data = steady.read_bytes(files.join(run.output, part.path), part.bytes)
         files.write_bytes(files.join(folder, part.path), data)
     write_manifest(folder, manifest)
-    _delete(run, written)
+    _delete(run, doomed)
     return {"status": manifest["status"], "run": manifest["run"]}
 
 

@@ -379,7 +379,9 @@ def _failed_units(output: str, keys: ExampleKeys) -> Iterator[Unit]:
         else:
             start = 0 if failed.images else min(failed.damage, default=None)
             done = frozenset(failed.done if start is not None else ())
-            yield Unit(kind, (info,), wanted=Wanted(frozenset(failed.keys), start, done))
+            yield Unit(
+                kind, (info,), wanted=Wanted(frozenset(failed.keys), start, done, failed.keys)
+            )
     yield from (Unit(MANIFEST, (), None, chunk) for chunk in _chunks(entries))
 
 
@@ -501,7 +503,8 @@ def without_image(
             if there is not None:
                 yield source.pattern, len(examples), f"the example has {there}"
         elif source.format == WEBDATASET:
-            images = _images_of_tars((info for info in _find(source) if info.size), keys, count)
+            infos = itertools.islice((info for info in _find(source) if info.size), _SAMPLED_FILES)
+            images = _images_of_tars(infos, keys, count)
             errors = [image.error for image in images]
             told = [e.message for e in errors if e and e.error_class == "MissingFeature"]
             if told and len(told) == len(images):

@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,8 @@ class DecodeProcesses:
                 raise ImageError(TIMEOUT, message) from None
             except (EOFError, ConnectionError):
                 status, words = process.end()
-                if not fresh and status < 0 and status not in _OWN_FAULTS:
+                outside = status < 0 and status not in _OWN_FAULTS
+                if not fresh and (outside or (status == _NO_MEMORY and process.used)):
                     continue
                 raise self._cause(status, words) from None
             except BaseException:
@@ -188,7 +190,7 @@ def drop_ahead() -> None:
         _ahead.popitem()[1].close()
 
 
-_shared: dict[tuple[Preprocessing, Limits, Decoder], tuple[DecodeProcesses, int]] = {}
+_shared: dict[tuple[Preprocessing, Limits, Decoder], list[Any]] = {}  # processes, users
 _sharing = threading.RLock()  # the garbage collector may end a user while it is held
 
 
@@ -205,19 +207,20 @@ def shared_processes(
         return
     key = (how, limits, decoder)
     with _sharing:
-        processes, users = _shared.get(key) or (DecodeProcesses(*key), 0)
-        _shared[key] = processes, users + 1
+        entry = _shared.get(key)
+        if entry is None:
+            entry = _shared[key] = [DecodeProcesses(*key), 0]
+        entry[1] += 1
     try:
-        yield processes
+        yield entry[0]
     finally:
         with _sharing:
-            users = _shared[key][1] - 1
-            if users:
-                _shared[key] = processes, users
-            else:
+            entry[1] -= 1
+            last = not entry[1]
+            if last:
                 del _shared[key]
-        if not users:
-            processes.close()
+        if last:
+            entry[0].close()
 
 
 # ---------------------------------------------------------------- the starter's side

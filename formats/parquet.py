@@ -22,6 +22,7 @@ from formats.tfrecord import Damage
 
 ENDINGS = (".parquet", ".parq", ".pq")
 MAGIC = b"PAR1"
+DAMAGE = "ParquetDamage"  # its offset is a row's
 DEFAULT_IMAGE, DEFAULT_LABEL = ExampleKeys().image, ExampleKeys().label
 _ROWS = 16  # rows held at once
 _BUFFER = 1 << 20  # bytes of a column chunk read at once; without it a whole chunk is
@@ -191,7 +192,7 @@ def read_images(stream: BinaryIO, size: int, keys: ExampleKeys) -> Iterator[Foun
             size = file.metadata.row_group(group).total_byte_size
             # Its row stands for its offset: of a damaged column Arrow's library may abort when it
             # is asked where that lies.
-            yield Damage(index, index, "ParquetDamage", lost, size)
+            yield Damage(index, index, DAMAGE, lost, size)
 
 
 def _group(file: pq.ParquetFile, group: int, wanted: list[str]) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,13 @@ _ZEROS = bytes(_BLOCK)
 _TEXT_BYTES = 16 << 20  # largest member that is read as text or JSON
 _NAME_FIELD = 100  # bytes of a name in a header itself
 _GNU = b"ustar  \0"
+# Of records in extended headers, besides a vendor's with a dot. A flipped bit makes another.
+_PAX_NAMES = {
+    *("path", "linkpath", "size", "uid", "gid", "uname", "gname", "mtime", "atime", "ctime"),
+    *("comment", "charset", "hdrcharset"),
+}
+NAMELESS = "DamagedName"  # the class of what costs one member, behind which the tar goes on
+_UNNAMED = "an extended header is damaged, which may name the next member"
 _NAME_BYTES = 1 << 20  # largest header of a long name
 _SAMPLE_BYTES = 512 << 20  # a sample is cut in two rather than hold more than this
 _NUMBERS = ("cls", "cls2", "class", "count", "index", "inx", "id")  # integers in WebDataset too
@@ -55,7 +62,7 @@ def is_tar(head: bytes) -> bool:
 def read_images(
     stream: BinaryIO, size: int | None, keys: ExampleKeys, max_image_bytes: int
 ) -> Iterator[Found | Damage]:
-    """The images of a tar in order, with a Damage for what ends it before its time.
+    """The images of a tar in order, a Damage for what ends it before its time, or costs a name.
 
     `index` counts images; a sample without one counts too, and tells so, as does a tar that has
     members and no sample. The default image key
@@ -89,7 +96,7 @@ def read_images(
                 outside, first = outside + 1, first or item.name[-100:]
             continue
         if sample is not None and (named is None or not sample.takes(*named)):
-            # Where the tar breaks off inside a sample, that one place is told of once.
+            # Where the tar is damaged inside a sample, that one place is told of once.
             broken = isinstance(item, tuple) or dead is not None
             for found in layout.images(sample, index, broken):
                 yield found
@@ -104,6 +111,7 @@ def read_images(
             offset, error_class, message = item
             lost = None if size is None else max(size - offset, 0)
             yield Damage(offset, index, error_class, message + note, lost)
+            index += 1  # it goes on behind a name, and no image has the place of the damage
         elif dead:
             raise dead
         else:
@@ -195,7 +203,7 @@ class _Layout:
             if not self._labelled:
                 awaited -= {DEFAULT_LABEL}
             if missing := sorted(awaited - values.keys()):
-                told = f"the tar breaks off in its sample, before {', '.join(missing)[:200]}"
+                told = f"the tar is damaged in its sample, before {', '.join(missing)[:200]}"
                 wrong = ImageError("MissingFeature", told)
         self._labelled |= DEFAULT_LABEL in values
         images = [m for extension, m in sample.members.items() if self.is_image(extension)]
@@ -297,7 +305,9 @@ def _walk(
         if block == _ZEROS:
             if not ended:
                 yield _End()
-            ended, long = True, {}
+            if damaged:
+                yield first, NAMELESS, _UNNAMED
+            ended, damaged, long = True, False, {}
             offset += _BLOCK
             first = offset
             block = source.read(_BLOCK)
@@ -357,8 +367,8 @@ def _walk(
             records = _pax(data or b"")
             damaged = damaged or records is None
             long |= records or {}
-        elif not about and (damaged or (long and _is_cut(info, long))):
-            yield first, "BadHeader", "an extended header is damaged, which may name a member"
+        elif not about and (damaged or _is_cut(info, long)):
+            yield first, NAMELESS, _UNNAMED
             long, damaged = {}, False
             first = offset
         elif not about:
@@ -374,7 +384,8 @@ def _walk(
 def _is_cut(info: tarfile.TarInfo, long: Mapping[str, str]) -> bool:
     """Whether this looks like the beginning of a name that the header before it should have."""
     fills = len(info.name.encode("utf-8", "surrogateescape")) == _NAME_FIELD
-    return fills and _split(info.name) is None and not {"path", "GNU.sparse.name"} & set(long)
+    odd = any("." not in name and name not in _PAX_NAMES for name in long)
+    return fills and odd and _split(info.name) is None and "path" not in long
 
 
 def _pax(data: bytes) -> dict[str, str] | None:

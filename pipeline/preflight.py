@@ -477,15 +477,11 @@ def _types(
         raise RequestError(str(error)) from None
     except OSError as error:
         raise RequestError(f"--input: cannot be read ({error})") from None
-    for pattern, looked_at, there in without:
-        # A few may be the damaged ones of a small set, and are told of one by one.
-        line = (
+    for pattern, looked_at, instead in without:
+        warnings.append(
             f"--image_key {keys.image}: none of the first {looked_at} records of {pattern} has it "
-            f"({there}); each such record fails; give the name of what holds the picture"
+            f"({instead}); each such record fails; give the name of what holds the picture"
         )
-        if looked_at >= _SAMPLE:
-            raise RequestError(line)
-        warnings.append(line)
     if pictures and keys.columns:
         raise RequestError(
             f"--columns {','.join(keys.columns)}: image files have no features to carry"

@@ -493,7 +493,9 @@ def test_too_many_failures_are_not_retried_and_tell_their_counts(server, place):
     assert server.task(OURS, run)["try_number"] == 1
     line = server.xcom(OURS, run)
     assert (line["status"], line["images"], line["failures"]) == ("too_many_failures", 2, 1)
-    assert "exit 3, nothing published: 1 of 2 images" in server.log(OURS, run, 1)
+    log = server.log(OURS, run, 1)
+    assert "too many failures, exit 3: " in log
+    assert "1 of 2 images failed (1 decode/CorruptImage)" in log.partition("exit 3: ")[2]
 
 
 @pytest.mark.engines

@@ -704,8 +704,7 @@ def test_what_a_killed_run_left_is_judged_with_the_rest(tmp_path, left, fresh, s
         told = read_manifest(str(tmp_path / "_failed" / "r2"))
         assert told["judged"] == {"failures": left[1] + fresh[1], "images": sum(left) + sum(fresh)}
         assert len(published(tmp_path / "_failed" / "r2")) == told["judged"]["failures"]
-        retry = resumed(tmp_path, retry=())
-        assert retry.kept == ()  # they are tried again
+        assert resumed(tmp_path).kept == ()  # the next run tries them again
 
 
 def test_a_rejected_run_that_is_killed_is_not_published_by_the_next(tmp_path, monkeypatch):

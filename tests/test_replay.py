@@ -22,7 +22,7 @@ from formats.records import Failure, Features, ImageRecord, ImageRef
 from formats.table import TableSpec
 from formats.tfrecord import write_record
 from storage import files
-from storage.errors import RequestError
+from storage.errors import RequestError, RunError
 from transforms.sources import READERS, Reading
 
 
@@ -154,6 +154,26 @@ def test_a_record_that_cannot_be_reached_any_more_is_told_of(tmp_path, cut, told
 
     expected = [name(t) if isinstance(t, str) else (name(t[0]), t[1]) for t in told]
     assert sorted(again(out), key=str) == sorted(expected, key=str)
+
+
+def test_a_missing_record_is_told_of_behind_damage_that_is_read_over_and_by_its_id(tmp_path):
+    path = tmp_path / "data.tfrecord"
+    offsets = write_tfrecord(path, 9)
+    failed = [
+        (f"{path}@{offsets[2]}", str(path), 2, "read", "BadChecksum"),
+        ("five", str(path), 5, "decode", "CorruptImage"),
+    ]
+    done = [(str(path), n) for n in range(9) if n not in (2, 5)]
+    out = output_of(tmp_path / "out", failed, done)
+    data = bytearray(path.read_bytes()[: offsets[4]])
+    data[offsets[2] + 30] ^= 1
+    path.write_bytes(data)
+    expected = [(f"{path}@{offsets[2]}", "BadChecksum"), ("five", "MissingRecords")]
+    assert sorted(again(out)) == sorted(expected)
+    sources, _ = survey([out], "failures", allow_empty=False)
+    (unit,) = list_units(sources, None)
+    with pytest.raises(RunError, match=r"--on_damage record"):
+        list(READERS[unit.format](unit, Reading(on_damage="fail")))
 
 
 def test_an_image_whose_id_is_anothers_is_not_read_again_behind_damage(tmp_path):

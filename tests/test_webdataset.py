@@ -424,16 +424,27 @@ def test_a_long_name_that_is_damaged_is_told_of_and_what_follows_is_read():
             told = [i for i in items if isinstance(i, Damage) or i.error]
             assert set(found) >= {b"one", b"three"}
             assert len(found) == 3 or told, (position - start, bit)
+            indices = [item.index for item in items]
+            assert len(set(indices)) == len(indices)  # by which a resumed run knows them
 
 
 def test_a_name_that_fills_its_field_is_whole_beside_other_records():
     """As GNU tar writes times beside every member."""
     info = tarfile.TarInfo(f"{'n' * 96}.jpg")
     info.pax_headers = {"mtime": "1.5"}
-    other = tarfile.TarInfo("n" * 96)
-    other.pax_headers = {"mtime": "1.5"}
+    other = tarfile.TarInfo("n" * 100)
+    other.pax_headers = {"mtime": "1.5", "SCHILY.xattr.user.note": "x"}
     data = tar((info, b"one"), (other, b""), ("b.jpg", b"two"))
     assert shape(read(data)) == [(0, b"one"), (1, b"two")]
+
+
+def test_a_damaged_name_costs_no_member_of_the_tar_behind():
+    # Only the header of a name, and then the end.
+    broken = tar((f"{LONG}.jpg", b"two")).replace(b" path=", b"_path=")[:1024] + bytes(1024)
+    whole = tar(("a.jpg", b"one"))
+    items = read(broken + whole)
+    assert [i.error_class for i in items if isinstance(i, Damage)] == ["DamagedName"]
+    assert [i.data for i in items if not isinstance(i, Damage)] == [b"one"]
 
 
 def test_times_of_an_incremental_archive_are_no_part_of_a_name():

@@ -15,7 +15,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from formats import containers, example, inputs, listing, tfrecord
+from formats import containers, example, inputs, listing, parquet, tfrecord
 from formats.digests import Bytes, DigestSet, image_digest, key_digest, place_digest
 from formats.fields import Found, refer, too_many_bytes
 from formats.inputs import Source, Unit
@@ -199,13 +199,13 @@ def _walk(
         ):
             found = item.index + 1
             awaited.discard(item.index)
-            if isinstance(item, tfrecord.Damage):  # which tells of what lies behind it
-                whole, awaited = False, set()
+            if isinstance(item, tfrecord.Damage):
+                whole = False
+                if item.error_class not in containers.OF_ONE_RECORD:  # it tells of what it hides
+                    awaited = {index for index in awaited if index < item.index}
             yield _damaged(item, source, how) if isinstance(item, tfrecord.Damage) else item
         for index in sorted(awaited):
-            ref = ImageRef(place_key(source, index), source, index)
-            told = "the file ends before this record, which an earlier run has seen"
-            yield Failure.of(ref, "read", ImageError("MissingRecords", told))
+            yield _missing(unit, source, index, how)
         known = how.counts.get(source, 0)
         if whole and found < known:
             message = f"ends after {found} records, and is known to have had {known}"
@@ -221,10 +221,21 @@ def _walk(
         yield Failure.of(ImageRef(source, source), "read", _why(error), size=info.size)
 
 
+def _missing(unit: Unit, source: str, index: int, how: Reading) -> Failure:
+    """What is looked for by its index, and not there any more."""
+    told = "the file ends before this record, which an earlier run has seen"
+    if how.on_damage == "fail":
+        raise RunError(f"{source}: {told} ({index}); --on_damage record would note it as a failure")
+    key = unit.wanted.keys.get(index) if unit.wanted else None
+    ref = ImageRef(key or place_key(source, index), source, index)
+    return Failure.of(ref, "read", ImageError("MissingRecords", told))
+
+
 def _damaged(damage: tfrecord.Damage, source: str, how: Reading) -> Failure:
     if how.on_damage == "fail":
+        where = "row" if damage.error_class == parquet.DAMAGE else "byte"
         raise RunError(
-            f"{source}: {damage.error_class} at byte {damage.offset}: {damage.message}; "
+            f"{source}: {damage.error_class} at {where} {damage.offset}: {damage.message}; "
             "--on_damage record would go on and note it as a failure"
         )
     ref = ImageRef(f"{source}@{damage.offset}", source, damage.index)
