@@ -34,8 +34,8 @@ class ExtractFeaturesOperator(BaseOperator):
     `py_interpreter` is the Python of the job's environment, which is not Airflow's. `runner` and
     `pipeline_options` are as BeamRunPythonPipelineOperator takes them: the flags by name, True for
     one without a value, a list for one that is repeated; without `runner` the job's own default
-    counts. `more_options` is a JSON object of further
-    ones, as a template can give it. All four are templated.
+    counts. `more_options` is a JSON object of further ones, as a template can give it. All four are
+    templated.
 
     XCom `return_value` is the job's JSON line, on exits 0, 1 and 3; `dataflow_job_id` the id of a
     job on Dataflow. Exits 2 (wrong request) and 3 (too many failures) fail without a retry, since

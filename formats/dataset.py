@@ -129,8 +129,8 @@ def _publish(
         told = _manifest(run, "too_many_failures", failures, this_run, (), timing)
         told["judged"] = {"failures": failed, "images": taken_on}
         # What was adopted of them is told there too, and the next run may try it again.
-        doomed = ours | {part.path for part in failures}
-        return _reject(run, failures, told, doomed - set(listed))
+        taken_back = ours | {part.path for part in failures}
+        return _reject(run, failures, told, taken_back - set(listed))
     final = {part.path for part in parts}
     superseded = {*listed, *run.kept, *run.retried, *doomed, *ours} & set(there) | set(run.retired)
     manifest = _manifest(run, "complete", parts, this_run, superseded - final, timing)
@@ -219,18 +219,18 @@ def _reject(
     run: Publication,
     failures: Sequence[PartFile],
     manifest: Mapping[str, Any],
-    doomed: set[str],
+    taken_back: set[str],
 ) -> dict[str, Any]:
     """Keep `failures` readable under `_failed/RUN_ID/`, an output of its own with `manifest`.
 
-    The `doomed` files, what the run has written above all, are taken back.
+    The files `taken_back` are deleted: what the run has written, and what it keeps there.
     """
     folder = files.join(run.output, "_failed", run.run_id)
     for part in failures:
         data = steady.read_bytes(files.join(run.output, part.path), part.bytes)
         files.write_bytes(files.join(folder, part.path), data)
     write_manifest(folder, manifest)
-    _delete(run, doomed)
+    _delete(run, taken_back)
     return {"status": manifest["status"], "run": manifest["run"]}
 
 
