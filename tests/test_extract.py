@@ -1190,6 +1190,16 @@ def test_keys_of_image_files_are_told_to_do_nothing(tmp_path, job):
     assert "--label_key name: image files have no features" in ran.stderr
 
 
+@pytest.mark.parametrize("place", ["gs://bucket/out/", "gs://bucket/out"])
+def test_a_folder_that_a_console_made_is_no_file(place, monkeypatch):
+    """It leaves an object of the folder's name and a slash."""
+    monkeypatch.setattr(preflight.files, "is_file", lambda path: path == "gs://bucket/out/")
+    monkeypatch.setattr(preflight, "replaceable_manifest", lambda *_: None)
+    warnings = []
+    assert preflight._check_output(place, "resume", warnings) is None
+    assert warnings == []
+
+
 def test_a_dry_run_leaves_no_trace(tmp_path, job):
     folder = write_pictures(tmp_path / "in", {"a.jpg": b"nothing", "b.jpg": jpeg()})
     ran = job(folder, dry_run=True)

@@ -460,6 +460,19 @@ def test_a_flag_of_beams_may_stand_before_the_output(output, capsys):
     assert secret not in told
 
 
+def test_failures_of_a_run_by_another_model_may_stay(tmp_path, check):
+    """They hold no vectors, and --retry_failures goes on with the model that it is given."""
+    other = spec()
+    other.metadata["model_fingerprint"] = "f0"
+    folder = tmp_path / "out"
+    commit(
+        folder,
+        write_part(folder, FEATURES, "a", features(3)),
+        write_part(folder, FAILURES, "b", failures(2), other),
+    )
+    assert check(folder)[0] == 0
+
+
 def test_a_flag_of_beams_without_its_value_is_told_in_one_line(capsys):
     assert verify.main(["gs://bucket/out", "--project"]) == 2
     told = capsys.readouterr().err
