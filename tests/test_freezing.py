@@ -246,6 +246,13 @@ def pooled(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.nn.relu(x * 2.0 - 1.0), [1, 2]) * tf.constant([1.0, 2.0, 3.0])
 
 
+def pinned(x: tf.Tensor) -> tf.Tensor:
+    """`pooled`, flattened, its width told by `set_shape` alone, which no graph holds."""
+    vector = tf.reshape(pooled(x)[:, None, :], [tf.shape(x)[0], -1])
+    vector.set_shape([None, 3])
+    return vector
+
+
 def dense(x: tf.Tensor, kernel: np.ndarray = HEAD) -> tf.Tensor:
     return x @ tf.constant(kernel) + tf.range(kernel.shape[1], dtype=tf.float32)
 
@@ -307,6 +314,7 @@ OUTPUTS = {
         lambda x: {"image_feature_vector": dense(trunk(x))},
         {"embedding": LOGITS},
     ),
+    "a vector whose width is pinned": (lambda x: {"y": pinned(x)}, {"embedding": POOLED}),
     "a vector": (lambda x: {"y": pooled(x)}, {"embedding": POOLED}),
     "a vector in four dimensions": (
         lambda x: {"y": pooled(x)[:, None, None, :]},

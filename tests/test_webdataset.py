@@ -434,7 +434,9 @@ def test_a_name_that_fills_its_field_is_whole_beside_other_records():
     info.pax_headers = {"mtime": "1.5"}
     other = tarfile.TarInfo("n" * 100)
     other.pax_headers = {"mtime": "1.5", "SCHILY.xattr.user.note": "x"}
-    data = tar((info, b"one"), (other, b""), ("b.jpg", b"two"))
+    short = tarfile.TarInfo("n" * 20)
+    short.pax_headers = {"mine": "x"}
+    data = tar((info, b"one"), (other, b""), (short, b""), ("b.jpg", b"two"))
     assert shape(read(data)) == [(0, b"one"), (1, b"two")]
 
 
