@@ -116,3 +116,20 @@ def test_a_process_has_one_pool_of_each_kind():
     assert cpu_threads() is cpu_threads()
     assert io_threads() is io_threads()
     assert cpu_threads() is not io_threads()
+
+
+def test_what_nobody_waits_for_any_more_is_not_started():
+    started, gate = [], threading.Event()
+
+    def work(number):
+        started.append(number)
+        if number:
+            gate.wait(20)
+        return number
+
+    with ThreadPoolExecutor(1) as threads:
+        results = map_ahead(work, range(10), threads, 5)
+        assert next(results) == 0
+        results.close()
+        gate.set()
+    assert started in ([0], [0, 1])
