@@ -22,24 +22,23 @@ OF_ONE_RECORD = {"BadChecksum", webdataset.NAMELESS}  # damage behind which read
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which records of a container: those of `indices`, and from `start` on all but `without`.
+    """Which records of a container: those of `keys`, and from `start` on all but `without`.
 
-    `keys`: of `indices`, as an earlier run has told them.
+    `keys`: by index, as an earlier run has told them.
     """
 
-    indices: frozenset[int]
+    keys: Mapping[int, str] = field(hash=False)
     start: int | None = None
     without: frozenset[int] = frozenset()
-    keys: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def __contains__(self, index: int) -> bool:
         later = self.start is not None and index >= self.start and index not in self.without
-        return later or index in self.indices
+        return later or index in self.keys
 
     @property
     def last(self) -> int | None:
         """The last index that can be wanted; None where there is no end."""
-        return max(self.indices, default=-1) if self.start is None else None
+        return max(self.keys, default=-1) if self.start is None else None
 
 
 def walk(

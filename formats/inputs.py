@@ -379,9 +379,7 @@ def _failed_units(output: str, keys: ExampleKeys) -> Iterator[Unit]:
         else:
             start = 0 if failed.images else min(failed.damage, default=None)
             done = frozenset(failed.done if start is not None else ())
-            yield Unit(
-                kind, (info,), wanted=Wanted(frozenset(failed.keys), start, done, failed.keys)
-            )
+            yield Unit(kind, (info,), wanted=Wanted(failed.keys, start, done))
     yield from (Unit(MANIFEST, (), None, chunk) for chunk in _chunks(entries))
 
 

@@ -49,7 +49,7 @@ _NICER = 10
 _REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
 _REPLY = struct.Struct("<III")  # bytes of an error's JSON, which follows (0: none), width, height
 _ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
-_FILES = 1 << 16
+_FILES = 1 << 16  # open at once at most, where the limit may be raised so far
 _PIECE = 4 << 20  # bytes on their way
 _NO_MEMORY = 77  # exit status of a process that has none left for the bytes themselves
 # What a process does to itself. Any other signal came from outside, and may not be the picture's.

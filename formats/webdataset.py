@@ -392,7 +392,8 @@ def _pax(data: bytes) -> dict[str, str] | None:
     """The records of an extended header; None where they do not parse."""
     values = {}
     at = 0
-    while at < len(data.rstrip(b"\0")):
+    end = len(data.rstrip(b"\0"))
+    while at < end:
         found = _PAX.match(data, at)
         length = int(found[1]) if found else 0
         if (

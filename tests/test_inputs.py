@@ -404,7 +404,7 @@ def test_a_unit_can_cross_a_shuffle():
     import pickle
 
     entry = Entry("a", "/d/a", 3, {"label": 1}, ("BadRow", "why"))
-    wanted = Wanted(frozenset([1, 2]), 7, frozenset([9]))
+    wanted = Wanted({1: "one", 2: "two"}, 7, frozenset([9]))
     unit = Unit(TFRECORD, (files.FileInfo("/d/caf\udce9", 3),), 2, (entry,), wanted)
     assert pickle.loads(pickle.dumps(unit)) == unit
 

@@ -192,20 +192,20 @@ def _walk(
 ) -> Iterator[tfrecord.Record | Found | Failure]:
     (info,) = unit.files
     found, whole = 0, unit.wanted is None and unit.format == inputs.TFRECORD
-    awaited = set(unit.wanted.indices) if unit.wanted else set()
+    awaited = dict(unit.wanted.keys) if unit.wanted else {}
     try:
         for item in containers.walk(
             info, unit.format, how.keys, how.max_image_bytes, unit.wanted, on_retry
         ):
             found = item.index + 1
-            awaited.discard(item.index)
+            awaited.pop(item.index, None)
             if isinstance(item, tfrecord.Damage):
                 whole = False
                 if item.error_class not in containers.OF_ONE_RECORD:  # it tells of what it hides
-                    awaited = {index for index in awaited if index < item.index}
+                    awaited = {at: key for at, key in awaited.items() if at < item.index}
             yield _damaged(item, source, how) if isinstance(item, tfrecord.Damage) else item
         for index in sorted(awaited):
-            yield _missing(unit, source, index, how)
+            yield _missing(ImageRef(awaited[index], source, index), how)
         known = how.counts.get(source, 0)
         if whole and found < known:
             message = f"ends after {found} records, and is known to have had {known}"
@@ -221,13 +221,11 @@ def _walk(
         yield Failure.of(ImageRef(source, source), "read", _why(error), size=info.size)
 
 
-def _missing(unit: Unit, source: str, index: int, how: Reading) -> Failure:
+def _missing(ref: ImageRef, how: Reading) -> Failure:
     """What is looked for by its index, and not there any more."""
     told = "the file ends before this record, which an earlier run has seen"
     if how.on_damage == "fail":
-        raise RunError(f"{source}: {told} ({index}); --on_damage record would note it as a failure")
-    key = unit.wanted.keys.get(index) if unit.wanted else None
-    ref = ImageRef(key or place_key(source, index), source, index)
+        raise RunError(f"{ref.key}: {told}; --on_damage record would note it as a failure")
     return Failure.of(ref, "read", ImageError("MissingRecords", told))
 
 
