@@ -4,10 +4,11 @@
 holds the lock, and resolving again on each worker would be slow and could differ.
 """
 
+import platform
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.sdist import sdist
 
 DEPENDENCIES = re.compile(r"^dependencies = \[.*?^\]$", re.MULTILINE | re.DOTALL)
@@ -32,4 +33,14 @@ class SdistWithoutDependencies(sdist):
         path.write_text(text)
 
 
-setup(cmdclass={"sdist": SdistWithoutDependencies})
+# Optional: without a compiler, or on another kind of CPU, Pillow does the same more slowly.
+RESAMPLING = Extension(
+    "formats._resampling",
+    ["formats/_resampling.c"],
+    extra_compile_args=["-O3"],
+    py_limited_api=True,
+    optional=True,
+)
+x86 = platform.machine() in ("x86_64", "AMD64")
+
+setup(cmdclass={"sdist": SdistWithoutDependencies}, ext_modules=[RESAMPLING] if x86 else [])

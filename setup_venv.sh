@@ -42,11 +42,11 @@ if ! cmp -s "$lock" "$have"; then
   "${pip[@]}" --require-hashes --requirement "$lock"
   cp "$lock" "$have"
 fi
-project() { # with its folder, which the installation names
+project() { # what its installation is made of, with its folder, which that names
   echo "# $root"
-  cat "$root/pyproject.toml"
+  cat "$root/pyproject.toml" "$root/setup.py" "$root/formats/_resampling.c"
 }
-if ! project | cmp -s - "$venv/holds-pyproject.toml"; then
+if ! project | cmp -s - "$venv/holds-project"; then
   "${pip[@]}" --no-build-isolation --editable "$root"
-  project >"$venv/holds-pyproject.toml"
+  project >"$venv/holds-project"
 fi

@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels: bytes -> uint8 [S, S, 3], with Pillow and NumPy alone.
+"""Encoded pictures to pixels: bytes -> uint8 [S, S, 3], with Pillow and NumPy.
 
 `decode_image` is the whole of it: identify by the first bytes, refuse by the declared size, decode
 strictly, turn upright, make RGB, fit to the square. The other functions are its steps.
@@ -31,6 +31,7 @@ from PIL import (
 )
 
 from formats.records import ImageError, one_line
+from formats.resampling import resize_antialias
 
 FORMATS = ("jpeg", "png", "webp", "gif", "bmp")
 MORE_FORMATS = ("tiff", "avif")
@@ -383,7 +384,7 @@ def fit_image(image: Image.Image, how: Preprocessing, view: View | None = None) 
         pixels = resize_bilinear(np.asarray(image), rows, columns)
     else:
         box = (start_x - x, start_y - y, end_x - x, end_y - y)
-        pixels = np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR, box=box))
+        pixels = resize_antialias(image, columns, rows, box)
     if how.fit == "cover":
         x, y = (columns - how.size) // 2, (rows - how.size) // 2
         return np.ascontiguousarray(pixels[y : y + how.size, x : x + how.size])

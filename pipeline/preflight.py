@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from formats import dataset, example, inputs, resuming
+from formats import dataset, example, inputs, resampling, resuming
 from formats.dataset import Publication
 from formats.image import Preprocessing
 from formats.isolation import Limits, shared_processes, start_ahead
@@ -106,6 +106,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Finished.write(finished, resumed.finished)
         if not files.is_remote(finished) and runs_here(beam_args):
             temporaries.track(finished)  # an interrupted run takes it along
+    if resampling.COMPILED is None and runs_here(beam_args):
+        log.info("resizing is not compiled here (README): the same pixels take some times as long")
     for warning in warnings:
         log.warning("%s", utf8(hide(warning)))  # not all that takes logs can take other text
     return Plan(

@@ -1,6 +1,7 @@
 """The laws of the house, held by tests, each of which is shown to be able to fail."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from sdists import bare_environment, built_sdist
+
+from formats.resampling import COMPILED
 
 ROOT = Path(__file__).parents[1]
 # A room may import those below it. formats and models do not know each other.
@@ -200,6 +203,19 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
     metadata = next(library.glob("image_features-*.dist-info")) / "METADATA"
     asked = re.findall(r"^Requires-Dist: .*", metadata.read_text(), re.M)
     assert [line for line in asked if "extra ==" not in line] == []
+
+
+@pytest.mark.parametrize("compiler", [None, "/nowhere/cc"])
+def test_without_a_compiler_it_installs_too(tmp_path, compiler):
+    """The worker's image may have none; with one, resizing is compiled."""
+    archive = built_sdist(tmp_path)
+    python, library = bare_environment(tmp_path / "empty")
+    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    environment = {**os.environ, **({"CC": compiler} if compiler else {})}
+    subprocess.run([*pip, str(archive)], cwd=tmp_path, env=environment, check=True)
+    assert (library / "formats" / "resampling.py").exists()
+    built = [*(library / "formats").glob("_resampling*.so")]
+    assert len(built) == (COMPILED is not None and not compiler)
 
 
 def pins(name: str) -> dict[str, set[str]]:

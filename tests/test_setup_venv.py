@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PROJECT = ("pyproject.toml", "setup.py", "formats/_resampling.c")  # what it is made of
 
 
 @pytest.fixture
 def held(tmp_path):
     """Calls setup_venv.sh for a lock of a commit, both by name; what pip then installs."""
     shutil.copy(ROOT / "setup_venv.sh", tmp_path)
-    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "formats").mkdir()
+    for name in PROJECT:
+        (tmp_path / name).touch()
     (tmp_path / "requirements").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "made-for").write_text(".".join(map(str, sys.version_info[:2])))
@@ -38,6 +41,17 @@ def held(tmp_path):
         return (tmp_path / "installed").read_text().count("--requirement")
 
     return call
+
+
+@pytest.mark.parametrize("name", PROJECT)
+def test_the_project_is_installed_again_when_what_makes_it_has_changed(held, tmp_path, name):
+    held("runtime", "a")
+    installed = tmp_path / "installed"
+    held("runtime", "a")
+    assert "--editable" not in installed.read_text()
+    (tmp_path / name).write_text("changed")
+    held("runtime", "a")
+    assert "--editable" in installed.read_text()
 
 
 def test_locks_of_one_commit_stand_side_by_side(held):
