@@ -37,7 +37,8 @@ class SdistWithoutDependencies(sdist):
 RESAMPLING = Extension(
     "formats._resampling",
     ["formats/_resampling.c"],
-    extra_compile_args=["-O3"],
+    # Without fused products, which Pillow's wheels do not have and which change last bits.
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-fast-math"],
     py_limited_api=True,
     optional=True,
 )

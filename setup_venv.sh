@@ -45,8 +45,11 @@ fi
 project() { # what its installation is made of, with its folder, which that names
   echo "# $root"
   cat "$root/pyproject.toml" "$root/setup.py" "$root/formats/_resampling.c"
+  command -v "${CC:-gcc}" || true # what compiles
+  "$python" -c 'import os, sysconfig; print(os.listdir(sysconfig.get_paths()["include"]))' || true
 }
 if ! project | cmp -s - "$venv/holds-project"; then
+  rm -f "$root"/formats/_resampling*.so # one that cannot be made again would stay
   "${pip[@]}" --no-build-isolation --editable "$root"
   project >"$venv/holds-project"
 fi

@@ -18,6 +18,7 @@
 #define BITS 22   /* of a weight, behind the point */
 #define PIXEL 4   /* bytes, as Pillow holds RGB */
 #define CHANNELS 3
+#define LONGEST (1 << 24) /* side, in pixels: what float32 counts one by one */
 
 /* The Arrow C data interface, by which Pillow hands its pixels over without a copy. */
 struct ArrowArray {
@@ -169,7 +170,7 @@ static const uint8_t *pixels_of(PyObject *capsule, int width, int height) {
     if (!array) return NULL;
     int64_t count = (int64_t)width * height;
     struct ArrowArray *bytes = array->n_children == 1 ? array->children[0] : NULL;
-    if (!bytes || array->length != count || array->offset || bytes->length != count * PIXEL || bytes->offset ||
+    if (!bytes || !array->release || array->length != count || array->offset || bytes->length != count * PIXEL || bytes->offset ||
         bytes->n_buffers != 2) {
         PyErr_Format(PyExc_ValueError, "not %d x %d pixels of four bytes", width, height);
         return NULL;
@@ -186,9 +187,10 @@ static PyObject *resize(PyObject *module, PyObject *arguments) {
             arguments, "O(ii)(ii)(ffff)p", &capsule, &width, &height, &columns, &rows, box, box + 1, box + 2, box + 3,
             &y_first))
         return NULL;
-    if (width < 1 || height < 1 || columns < 1 || rows < 1 || !(0 <= box[0] && box[0] < box[2] && box[2] <= width) ||
+    if (width < 1 || height < 1 || columns < 1 || rows < 1 || width > LONGEST || height > LONGEST ||
+        columns > LONGEST || rows > LONGEST || !(0 <= box[0] && box[0] < box[2] && box[2] <= width) ||
         !(0 <= box[1] && box[1] < box[3] && box[3] <= height))
-        return PyErr_Format(PyExc_ValueError, "an empty size, or a box that is empty or outside the picture");
+        return PyErr_Format(PyExc_ValueError, "a size or a box that is empty, too large or outside the picture");
     const uint8_t *pixels = pixels_of(capsule, width, height);
     if (!pixels) return NULL;
     result = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)columns * rows * CHANNELS);

@@ -15,20 +15,22 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]  # left, top, right and lower side, in pixels
 
-# Which axis goes first decides the last bit, and is Pillow's affair: what a newer one does is not
-# known here, so it does all of it.
-_KNOWN_PILLOWS = (12, 13)
-_PILLOW = int(PIL.__version__.partition(".")[0])
+# Which axis goes first decides the last bit, and has changed between Pillows: one that is not known
+# here does all of it itself.
+_PILLOW = "13.0."
 
 
-def _compiled() -> ModuleType | None:
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled half, or why there is none."""
+    if not PIL.__version__.startswith(_PILLOW):
+        return None, f"Pillow {PIL.__version__} resizes, whose order is not known here"
     try:
-        return importlib.import_module("formats._resampling")
-    except ImportError:  # not compiled, or a CPU without AVX2
-        return None
+        return importlib.import_module("formats._resampling"), ""
+    except ImportError as error:
+        return None, f"Pillow resizes, in some times as long ({error})"
 
 
-COMPILED = _compiled() if _PILLOW in _KNOWN_PILLOWS else None
+COMPILED, WHY_NOT = _load()
 
 
 def resize_antialias(image: Image.Image, columns: int, rows: int, box: Box) -> np.ndarray:
@@ -43,8 +45,8 @@ def resize_antialias(image: Image.Image, columns: int, rows: int, box: Box) -> n
         _, pixels = image.__arrow_c_array__()
     except ValueError:  # it lies in pieces: Pillow takes memory in blocks of 16 MB
         return _by_pillow(image, columns, rows, box)
-    first_y = _PILLOW >= 13 and _along_y_first(image.size, columns, rows)
-    resized = COMPILED.resize(pixels, image.size, (columns, rows), box, first_y)
+    y_first = _along_y_first(image.size, columns, rows)
+    resized = COMPILED.resize(pixels, image.size, (columns, rows), box, y_first)
     return np.frombuffer(resized, np.uint8).reshape(rows, columns, 3)
 
 
@@ -53,6 +55,6 @@ def _by_pillow(image: Image.Image, columns: int, rows: int, box: Box) -> np.ndar
 
 
 def _along_y_first(size: tuple[int, int], columns: int, rows: int) -> bool:
-    """Whether Pillow 13 begins with the lines: where they lose more than twice what columns do."""
+    """Whether Pillow 13.0 begins with lines: where they lose more than twice what columns do."""
     width, height = size
     return height > rows and height - rows > 2 * (width - columns)

@@ -106,8 +106,8 @@ def make_plan(options: Options, beam_args: Sequence[str], run_id: str, started: 
         Finished.write(finished, resumed.finished)
         if not files.is_remote(finished) and runs_here(beam_args):
             temporaries.track(finished)  # an interrupted run takes it along
-    if resampling.COMPILED is None and runs_here(beam_args):
-        log.info("resizing is not compiled here (README): the same pixels take some times as long")
+    if resampling.WHY_NOT and options.filter == "antialias" and runs_here(beam_args):
+        log.info("%s", resampling.WHY_NOT)
     for warning in warnings:
         log.warning("%s", utf8(hide(warning)))  # not all that takes logs can take other text
     return Plan(

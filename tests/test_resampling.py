@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,11 +65,12 @@ def test_every_picture_has_pillows_bits(data):
     assert np.array_equal(resized, by_pillow(image, columns, rows, box))
 
 
+@compiled
 @pytest.mark.parametrize(
     ("width", "height", "columns", "rows"),
     [
         (500, 375, 224, 224),
-        (333, 500, 224, 224),  # along y first, by Pillow 13
+        (333, 500, 224, 224),  # along y first
         (2, 20000, 8, 8),  # thousands of lines to one
         (20000, 1, 8, 8),
         (1, 1, 9, 7),
@@ -82,18 +87,54 @@ def test_shapes_of_their_own(width, height, columns, rows):
 @compiled
 def test_which_axis_is_first_is_seen_in_the_bits(monkeypatch):
     image, box = noise(333, 500), (0.0, 0.0, 333.0, 500.0)
-    monkeypatch.setattr(resampling, "_PILLOW", 12)
+    monkeypatch.setattr(resampling, "_along_y_first", lambda *_: False)
     other = resize_antialias(image, 224, 224, box).astype(int)
     assert np.abs(other - by_pillow(image, 224, 224, box)).max() == 1
 
 
-def test_pictures_in_pieces_and_unknown_pillows_are_left_to_pillow(monkeypatch):
+def test_a_picture_in_pieces_is_left_to_pillow():
     image, box = noise(2500, 1800), (0.0, 0.0, 2500.0, 1800.0)  # 18 MB, of blocks of 16
+    with pytest.raises(ValueError, match="contiguous"):
+        image.__arrow_c_array__()
     assert np.array_equal(resize_antialias(image, 8, 8, box), by_pillow(image, 8, 8, box))
+
+
+def test_without_the_compiled_half_pillow_resizes(monkeypatch):
     monkeypatch.setattr(resampling, "COMPILED", None)
-    small = noise(30, 20)
-    resized = resize_antialias(small, 8, 8, (1, 2, 30, 20))
-    assert np.array_equal(resized, by_pillow(small, 8, 8, (1, 2, 30, 20)))
+    image, box = noise(30, 20), (1.0, 2.0, 30.0, 20.0)
+    assert np.array_equal(resize_antialias(image, 8, 8, box), by_pillow(image, 8, 8, box))
+
+
+def test_a_pillow_of_unknown_order_resizes_itself(monkeypatch):
+    monkeypatch.setattr(PIL, "__version__", "13.1.0")
+    assert resampling._load() == (None, "Pillow 13.1.0 resizes, whose order is not known here")
+
+
+def test_what_is_not_compiled_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "formats._resampling", None)  # as Python marks what is missing
+    found, why = resampling._load()
+    assert found is None
+    assert why.startswith("Pillow resizes, in some times as long (")
+
+
+@compiled
+def test_without_memory_it_says_so():
+    text = """
+import resource
+from PIL import Image
+from formats.resampling import COMPILED
+image = Image.new("RGB", (2, 1000000))
+_, pixels = image.__arrow_c_array__()
+held = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (held + (400 << 20),) * 2)
+try:
+    COMPILED.resize(pixels, image.size, (200, 1), (0, 0, *image.size), False)
+except MemoryError:
+    print("MemoryError")
+print(len(COMPILED.resize(pixels, image.size, (200, 1), (0, 0, *image.size), True)))
+"""
+    ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["MemoryError", "600"]
 
 
 @compiled
@@ -117,6 +158,7 @@ def test_threads_do_not_meet():
         ((10, 10), (8, 8), (0, 0, 10, 10)),
         ((-30, -20), (8, 8), (0, 0, 30, 20)),
         ((30, 20), (0, 8), (0, 0, 30, 20)),
+        ((30, 20), (8, 1 << 25), (0, 0, 30, 20)),
         ((30, 20), (8, -8), (0, 0, 30, 20)),
         ((30, 20), (8, 8), (0, 0, 31, 20)),
         ((30, 20), (8, 8), (-1, 0, 30, 20)),
@@ -138,6 +180,9 @@ def test_other_pixels_are_refused():
         COMPILED.resize(grey, (30, 20), (8, 8), (0, 0, 30, 20), False)
     with pytest.raises((ValueError, TypeError)):
         COMPILED.resize(b"", (30, 20), (8, 8), (0, 0, 30, 20), False)
-    (schema, _) = noise(30, 20).__arrow_c_array__()
+    (schema, pixels) = noise(30, 20).__arrow_c_array__()
     with pytest.raises(ValueError, match="PyCapsule_GetPointer"):
         COMPILED.resize(schema, (30, 20), (8, 8), (0, 0, 30, 20), False)
+    pa.Array._import_from_c_capsule(schema, pixels)
+    with pytest.raises(ValueError, match="not 30 x 20 pixels"):  # they have gone to Arrow
+        COMPILED.resize(pixels, (30, 20), (8, 8), (0, 0, 30, 20), False)
