@@ -21,31 +21,29 @@ class Known:
     def __init__(self, max_bytes: int = MAX_BYTES):
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._vectors: OrderedDict[str, Vectors] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[Vectors, int]] = OrderedDict()  # and their bytes
         self._lock = threading.Lock()
 
     def get(self, sha256: str) -> Vectors | None:
         """The vectors of the picture with this digest, None where they are not known."""
         with self._lock:
-            if sha256 in self._vectors:
-                self._vectors.move_to_end(sha256)
-            return self._vectors.get(sha256)
+            if sha256 not in self._entries:
+                return None
+            self._entries.move_to_end(sha256)
+            return self._entries[sha256][0]
 
     def put(self, sha256: str, vectors: Vectors) -> None:
         """Remember `vectors`; what was longest not asked for makes room."""
         # Copies: rows of a batch would keep all of it in memory.
         kept = {name: values.copy() for name, values in vectors.items()}
+        size = _ENTRY_BYTES + sum(values.nbytes for values in kept.values())
         with self._lock:
-            if sha256 in self._vectors:
+            if sha256 in self._entries:
                 return
-            self._vectors[sha256] = kept
-            self._bytes += _size(kept)
+            self._entries[sha256] = kept, size
+            self._bytes += size
             while self._bytes > self._max_bytes:
-                self._bytes -= _size(self._vectors.popitem(last=False)[1])
-
-
-def _size(vectors: Vectors) -> int:
-    return _ENTRY_BYTES + sum(values.nbytes for values in vectors.values())
+                self._bytes -= self._entries.popitem(last=False)[1][1]
 
 
 @functools.lru_cache(2)  # of a process that runs one job after another
