@@ -3,7 +3,7 @@
    The filter is a triangle as wide as the pictures' ratio, but two pixels at least; its weights are
    whole numbers of 22 fractional bits, and each of the two passes rounds to a byte.
    Pillow computes a byte at a time; here the four of a pixel are computed at once.
-   formats/resampling.py says when it is asked, and tests/test_resampling.py holds it to Pillow's bits. */
+   formats/resampling.py says when it is asked; tests/test_resampling.py compares the bits. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -29,7 +29,7 @@ struct ArrowArray {
     void *private_data;
 };
 
-/* For each of `size` pixels of the result the first of the `taps` pixels it is made of, and `copies`
+/* For each of `size` pixels of the result the first of the `taps` pixels it is made of, and copies
    of each of their weights. All have as many taps, so that no loop ends before the processor
    expects it. */
 typedef struct {
@@ -78,15 +78,19 @@ static int prepare(Axis *axis, int length, float start, float end, int size, int
 #define AVX2 __attribute__((target("avx2")))
 #define INLINED AVX2 static inline __attribute__((always_inline))
 
-/* The four bytes of one pixel, or the eight of two, as numbers. */
-INLINED __m128i one(const uint8_t *pixel) {
+/* `sum`, and the four bytes of a pixel, or the eight of two, by their weights. */
+INLINED __m128i add_one(__m128i sum, const uint8_t *pixel, __m128i weight) {
     int32_t bytes;
     memcpy(&bytes, pixel, PIXEL);
-    return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
+    __m128i numbers = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
+    return _mm_add_epi32(sum, _mm_mullo_epi32(numbers, weight));
 }
-INLINED __m256i two(const uint8_t *pixels) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)pixels));
+INLINED __m256i add_two(__m256i sum, const uint8_t *pixels, __m256i weight) {
+    __m256i numbers = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)pixels));
+    return _mm256_add_epi32(sum, _mm256_mullo_epi32(numbers, weight));
 }
+INLINED __m128i low(__m256i two) { return _mm256_castsi256_si128(two); }
+INLINED __m128i high(__m256i two) { return _mm256_extracti128_si256(two, 1); }
 
 /* Writes `bytes` of the pixel that is made of a sum of weighted bytes: rounded and clipped. */
 INLINED uint8_t *written(uint8_t *to, __m128i sum, int bytes) {
@@ -106,12 +110,10 @@ along_x(const uint8_t *from, int width, int lines, const Axis *x, uint8_t *to, i
             const uint8_t *tap = from + (size_t)x->first[at] * PIXEL;
             __m256i sums = _mm256_setzero_si256();
             for (int i = 1; i < x->taps; i += 2, tap += 2 * PIXEL, weight += 2 * PIXEL)
-                sums = _mm256_add_epi32(
-                    sums, _mm256_mullo_epi32(two(tap), _mm256_loadu_si256((const __m256i *)weight)));
-            __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+                sums = add_two(sums, tap, _mm256_loadu_si256((const __m256i *)weight));
+            __m128i sum = _mm_add_epi32(low(sums), high(sums));
             if (x->taps % 2) {
-                sum = _mm_add_epi32(
-                    sum, _mm_mullo_epi32(one(tap), _mm_loadu_si128((const __m128i *)weight)));
+                sum = add_one(sum, tap, _mm_loadu_si128((const __m128i *)weight));
                 weight += PIXEL;
             }
             to = written(to, sum, bytes);
@@ -131,23 +133,23 @@ along_y(const uint8_t *from, int width, int top, const Axis *y, uint8_t *to, int
             __m256i sums = _mm256_setzero_si256();
             const uint8_t *tap = first;
             for (int i = 0; i < y->taps; i++, tap += line)
-                sums = _mm256_add_epi32(sums, _mm256_mullo_epi32(two(tap), _mm256_set1_epi32(weights[i])));
-            to = written(to, _mm256_castsi256_si128(sums), bytes);
-            to = written(to, _mm256_extracti128_si256(sums, 1), bytes);
+                sums = add_two(sums, tap, _mm256_set1_epi32(weights[i]));
+            to = written(to, low(sums), bytes);
+            to = written(to, high(sums), bytes);
         }
         if (width % 2) {
             __m128i sum = _mm_setzero_si128();
             const uint8_t *tap = first;
             for (int i = 0; i < y->taps; i++, tap += line)
-                sum = _mm_add_epi32(sum, _mm_mullo_epi32(one(tap), _mm_set1_epi32(weights[i])));
+                sum = add_one(sum, tap, _mm_set1_epi32(weights[i]));
             to = written(to, sum, bytes);
         }
     }
 }
 
 /* One axis after the other; 0 where there is no memory. */
-AVX2 static int passes(
-    const uint8_t *pixels, int width, int height, const Axis *x, const Axis *y, int y_first, uint8_t *to) {
+AVX2 static int
+passes(const uint8_t *pixels, int width, const Axis *x, const Axis *y, int y_first, uint8_t *to) {
     int top = y->first[0], lines = y->first[y->size - 1] + y->taps - top;
     const uint8_t *used = pixels + (size_t)top * width * PIXEL;
     size_t between = y_first ? (size_t)width * y->size : (size_t)x->size * lines;
@@ -170,36 +172,41 @@ static const uint8_t *pixels_of(PyObject *capsule, int width, int height) {
     if (!array) return NULL;
     int64_t count = (int64_t)width * height;
     struct ArrowArray *bytes = array->n_children == 1 ? array->children[0] : NULL;
-    if (!bytes || !array->release || array->length != count || array->offset || bytes->length != count * PIXEL || bytes->offset ||
-        bytes->n_buffers != 2) {
+    if (!bytes || !array->release || array->length != count || array->offset ||
+        bytes->length != count * PIXEL || bytes->offset || bytes->n_buffers != 2) {
         PyErr_Format(PyExc_ValueError, "not %d x %d pixels of four bytes", width, height);
         return NULL;
     }
     return bytes->buffers[1];
 }
 
+/* Whether a side of `length` pixels can become `size` by the part from `start` to `end`. */
+static int sound(int length, int size, float start, float end) {
+    return length > 0 && length <= LONGEST && size > 0 && size <= LONGEST && 0 <= start &&
+           start < end && end <= length;
+}
+
 static PyObject *resize(PyObject *module, PyObject *arguments) {
     PyObject *capsule, *result;
     int width, height, columns, rows, y_first, enough = 0;
-    float box[4];
+    float left, top, right, bottom;
     Axis x, y;
     if (!PyArg_ParseTuple(
-            arguments, "O(ii)(ii)(ffff)p", &capsule, &width, &height, &columns, &rows, box, box + 1, box + 2, box + 3,
-            &y_first))
+            arguments, "O(ii)(ii)(ffff)p", &capsule, &width, &height, &columns, &rows, &left, &top,
+            &right, &bottom, &y_first))
         return NULL;
-    if (width < 1 || height < 1 || columns < 1 || rows < 1 || width > LONGEST || height > LONGEST ||
-        columns > LONGEST || rows > LONGEST || !(0 <= box[0] && box[0] < box[2] && box[2] <= width) ||
-        !(0 <= box[1] && box[1] < box[3] && box[3] <= height))
-        return PyErr_Format(PyExc_ValueError, "a size or a box that is empty, too large or outside the picture");
+    if (!sound(width, columns, left, right) || !sound(height, rows, top, bottom))
+        return PyErr_Format(
+            PyExc_ValueError, "a size or a box that is empty, too large or outside the picture");
     const uint8_t *pixels = pixels_of(capsule, width, height);
     if (!pixels) return NULL;
     result = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)columns * rows * CHANNELS);
     if (!result) return NULL;
     uint8_t *to = (uint8_t *)PyByteArray_AsString(result);
     Py_BEGIN_ALLOW_THREADS
-    if (prepare(&x, width, box[0], box[2], columns, PIXEL)) {
-        if (prepare(&y, height, box[1], box[3], rows, 1)) {
-            enough = passes(pixels, width, height, &x, &y, y_first, to);
+    if (prepare(&x, width, left, right, columns, PIXEL)) {
+        if (prepare(&y, height, top, bottom, rows, 1)) {
+            enough = passes(pixels, width, &x, &y, y_first, to);
             release(&y);
         }
         release(&x);
@@ -211,12 +218,15 @@ static PyObject *resize(PyObject *module, PyObject *arguments) {
 }
 
 static PyMethodDef functions[] = {
-    {"resize", resize, METH_VARARGS, "resize(capsule, (width, height), (columns, rows), box, y_first) -> bytearray"},
+    {"resize", resize, METH_VARARGS,
+     "resize(capsule, (width, height), (columns, rows), box, y_first) -> bytearray"},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_resampling", "Pillow's BILINEAR with AVX2.", -1, functions, NULL, NULL, NULL, NULL};
+    PyModuleDef_HEAD_INIT, "_resampling", "Pillow's BILINEAR with AVX2.", -1, functions,
+    NULL, NULL, NULL, NULL,
+};
 
 PyMODINIT_FUNC PyInit__resampling(void) {
     __builtin_cpu_init();
