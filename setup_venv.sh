@@ -46,7 +46,7 @@ project() { # what its installation is made of, with its folder, which that name
   echo "# $root"
   cat "$root/pyproject.toml" "$root/setup.py" "$root/formats/_resampling.c"
   command -v "${CC:-gcc}" || true # what compiles
-  "$python" -c 'import os, sysconfig; print(os.listdir(sysconfig.get_paths()["include"]))' || true
+  "$python" -c 'import os, sysconfig; print(os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 }
 if ! project | cmp -s - "$venv/holds-project"; then
   rm -f "$root"/formats/_resampling*.so # one that cannot be made again would stay
