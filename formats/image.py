@@ -10,6 +10,7 @@ import logging
 import math
 import struct
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -42,6 +43,13 @@ JPEG_SCALINGS = ("auto", "off")
 CENTRAL_FRACTION = 0.875  # Slim's evaluation crop
 DRAFT_MARGIN = 2  # a scaled JPEG stays at least this many times the target, both ways
 LONGEST_SIDE = 1 << 20  # pixels: rows cost memory too, 1 x 8000000 takes 214 MB from 16 KB
+_TILE = (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_ADAM7 = (  # first column and row, and steps, of each pass of an interlaced PNG
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
+_INFLATED = 1 << 20  # bytes at once
 LONGEST_STRIP = 64  # short sides: what cover sees of a strip; 1 x 10000 would become 500 Mpx
 
 # Texts and colour profiles of PNG, decompressed: real ones of print and of scanners have megabytes.
@@ -51,6 +59,7 @@ PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # bytes of a picture's texts
 # The cap is ours, on every format and per call. Pillow's would only warn up to twice its limit, and
 # its warnings and logs on odd metadata say nothing that the outcome does not.
 Image.MAX_IMAGE_PIXELS = None
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as many pictures are decoded at once as there are cores
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
@@ -226,6 +235,10 @@ def open_image(data: bytes, how: Preprocessing) -> ImageFile.ImageFile:
         _check_size(webp_size(data), how)
     image = OPENERS[name](BytesIO(data))
     _check_size(image.size, how)
+    if name == "tiff":  # a tile is decoded whole, however little of it is the picture
+        tags = getattr(image, "tag_v2", {})
+        width, height = (tags.get(tag, 0) for tag in _TILE)
+        _check_size((width, height), how)
     return image
 
 
@@ -284,8 +297,11 @@ def open_rgb(data: bytes, how: Preprocessing) -> tuple[Image.Image, View]:
     image = open_image(data, how)
     width, height = image.size
     scale = _scale_down(image, how) if how.scales_jpeg else 1
+    _forget_xmp(image)  # a TIFF would be turned by it while it is loaded
     try:
         image.load()
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            _check_png(data, image)
     except OSError:
         if scale == 1:
             raise
@@ -317,13 +333,44 @@ def _scale_down(image: ImageFile.ImageFile, how: Preprocessing) -> int:
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation of `image`, 1 to 8; 1 where there is none or it cannot be read."""
-    for name in ("xmp", "XML:com.adobe.xmp"):  # what Pillow would look into where EXIF has none
-        image.info.pop(name, None)
+    _forget_xmp(image)
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         return int(turn) if turn in TURNS else 1
     except Exception:  # metadata is no reason to lose a picture
         return 1
+
+
+def _forget_xmp(image: Image.Image) -> None:
+    """Remove what Pillow would look for an orientation in where EXIF has none."""
+    for name in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(name, None)
+
+
+def _check_png(data: bytes, image: PngImagePlugin.PngImageFile) -> None:
+    """OSError where the pixels of a loaded PNG end early: Pillow leaves what is missing black.
+
+    They are inflated once more only where that may be so: the last row is black, or rows are
+    interlaced (PNG, third edition, 4.5 and 8).
+    """
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    last = image.crop((0, height - 1, width, height))
+    if not interlaced and any(np.asarray(last).flat):
+        return
+    bits = depth * _PNG_CHANNELS.get(color, 1)
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sides = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    due = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sides if columns > 0)
+    stream, found, at = zlib.decompressobj(), 0, 8
+    while at + 8 <= len(data) and found < due:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        more = data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
+        while more and found < due:
+            found += len(stream.decompress(more, _INFLATED))
+            more = stream.unconsumed_tail
+        at += 12 + length
+    if found < due:
+        raise OSError(f"its pixels end after {found} of {due} bytes")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -343,11 +390,15 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     or to where they reach beyond that.
     """
     values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values, posinf=0, neginf=0)
-        low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
-        return np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})  # TIFF; elsewhere deep grey is 16 bits without sign
+    # Of TIFFs in which 0 is white Pillow turns those of 8 bits around, and leaves these.
+    white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    if image.mode == "F":
+        finite = values[np.isfinite(values)].astype(np.float64)
+        low, high = finite.min(initial=0), finite.max(initial=1)
+        values = np.nan_to_num(values.astype(np.float64), posinf=high, neginf=low).clip(low, high)
+        grey = np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+        return 255 - grey if white else grey
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     signed = tags.get(ExifTags.Base.SampleFormat, (1,))[0] == 2
     if signed:
@@ -355,8 +406,6 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     elif bits == 32:
         values = values.view(np.uint32)
     grey = (values >> (bits - 8 - signed)).astype(np.uint8)
-    # Of TIFFs in which 0 is white Pillow turns those of 8 bits around, and leaves these.
-    white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     return 255 - grey if white else grey
 
 

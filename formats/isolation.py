@@ -562,6 +562,6 @@ def _answer(
 def _class_of(error: ImageError) -> str:
     """Its class, or that Python or one of Pillow's decoders had no memory for the picture."""
     cause = error.__cause__
-    if isinstance(cause, MemoryError) or "out of memory" in str(cause):
+    if isinstance(cause, MemoryError) or "out of memory" in str(cause).lower():
         return OUT_OF_MEMORY
     return error.error_class

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
@@ -19,7 +21,16 @@ import pictures
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    ExifTags,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from formats import image as module
 from formats.image import (
@@ -203,8 +214,9 @@ def test_deep_grey_keeps_its_high_byte(kind):
         (np.array([[-5, 0, 1 << 30, 2**31 - 1]], np.int32), [0, 0, 128, 255]),
         (np.array([[0, 0.5, 1, np.nan]], np.float32), [0, 128, 255, 0]),
         (np.array([[-50, 0, 50, 205]], np.float32), [0, 50, 100, 255]),
+        (np.array([[-3e38, 3e38, 0, np.inf]], np.float32), [0, 255, 128, 255]),
     ],
-    ids=["int32", "unit floats", "other floats"],
+    ids=["int32", "unit floats", "other floats", "wide floats"],
 )
 def test_tiff_values_are_scaled_by_their_range(values, expected):
     data = pictures.encode(Image.fromarray(values), "TIFF")
@@ -274,7 +286,7 @@ def test_exif_orientation_is_undone(turn, upright):
     assert decode_image(data, Preprocessing(2))[0][..., 0].tolist() == upright
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_an_orientation_that_only_xmp_tells_is_none(kind):
     packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     how = {"xmp": packet}
@@ -282,9 +294,61 @@ def test_an_orientation_that_only_xmp_tells_is_none(kind):
         text = PngImagePlugin.PngInfo()
         text.add_itxt("XML:com.adobe.xmp", packet.decode())
         how = {"pnginfo": text}
+    if kind == "TIFF":
+        how = {"tiffinfo": {700: packet}}
     data = pictures.encode(Image.new("RGB", (40, 28)), kind, **how)
     assert Image.open(BytesIO(data)).getexif()[pictures.ORIENTATION] == 6  # as Pillow has it
-    assert decode_image(data, Preprocessing(8))[1:] == (40, 28)
+    assert decode_image(data, Preprocessing(8, formats=EVERYTHING))[1:] == (40, 28)
+
+
+def test_a_tiff_is_not_lost_for_what_its_xmp_is():
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700] = 3  # SHORT
+    tags[700] = (1, 2)
+    data = pictures.encode(grey([[7, 7]]), "TIFF", tiffinfo=tags)
+    assert decode_image(data, Preprocessing(1, formats=EVERYTHING))[0].tolist() == [[[7, 7, 7]]]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("rows", [0, 5, 19, 20])
+@pytest.mark.parametrize("value", [0, 200])
+def test_a_png_whose_pixels_end_early_is_damaged(interlaced, rows, value):
+    """Its stream ends well, and so does Pillow, with what is missing black."""
+    sides = [(20, 20)]
+    if interlaced:  # the seven passes of 20 x 20
+        sides = [(3, 3), (2, 3), (5, 2), (5, 5), (10, 5), (10, 10), (20, 10)]
+    lines = [b"\0" + bytes([value]) * 3 * columns for columns, count in sides for _ in range(count)]
+    held = zlib.compress(b"".join(lines[: len(lines) - 20 + rows]))
+    header = struct.pack(">IIBBBBB", 20, 20, 8, 2, 0, 0, interlaced)
+    body = [(b"IHDR", header), (b"IDAT", held[:9]), (b"IDAT", held[9:]), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(pictures.png_chunk(*chunk) for chunk in body)
+    if rows == 20:
+        assert decode_image(data, Preprocessing(1))[0].tolist() == [[[value] * 3]]
+    else:
+        assert error_of(data).error_class == "CorruptImage"
+        assert re.search(
+            r"pixels end after \d+ of \d+ bytes|file is truncated", error_of(data).message
+        )
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_a_tile_is_held_to_the_limit_too(side):
+    """It is decoded whole, here for 16 x 16 pixels."""
+    tile = zlib.compress(bytes([7]) * side * side)
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8}
+    tags[325] = len(tile)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(tile)) + tile + directory
+    how = Preprocessing(1, formats=EVERYTHING, max_pixels=1 << 16)
+    if side == 256:
+        assert decode_image(data, how)[0].tolist() == [[[7, 7, 7]]]
+    else:
+        assert error_of(data, how).error_class == "TooManyPixels"
+
+
+def test_an_avif_is_decoded_by_one_thread():
+    assert AvifImagePlugin.DEFAULT_MAX_THREADS == 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
