@@ -128,7 +128,7 @@ def model_of(request: argparse.Namespace) -> Model:
         name, head = HUB_MODELS[name].network.name, HUB_MODELS[name].head
     spec = NETWORKS.get(name)
     if request.widths:
-        if not re.fullmatch(r"\d+(,\d+)?", request.widths):
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})?", request.widths):
             raise RequestError(f"--widths {request.widths}: one or two numbers, as in 1056,1001")
         widths = dict(
             zip(("embedding", "logits"), map(int, request.widths.split(",")), strict=False)
@@ -149,6 +149,8 @@ def model_of(request: argparse.Namespace) -> Model:
     if measured:
         return Model(measured.value, size, widths, measured.source)
     if not spec or size is None:
+        if request.gpu:  # whose own speed counts
+            return Model(0.0, size, widths, "not known")
         raise RequestError(f"--model {request.model}: its speed is not known; give --cpu_seconds")
     like = name.replace("pnasnet", "nasnet")
     other = figures.MODEL_SECONDS[like, request.precision].value
@@ -244,7 +246,7 @@ def reckon(request: argparse.Namespace) -> dict[str, Any]:
     worker_hours = workers * (seconds - listing / 2) / _HOUR
 
     requests = {
-        "lists": 2 * pages,
+        "lists": 2 * pages + 3 * -(-parts // int(figures.PAGE_OBJECTS.value)),  # and the commit's
         "reads": int(objects * figures.READS_AN_OBJECT.value),
         "writes": parts + 2,
     }
@@ -383,9 +385,10 @@ def constants(
         for name, value in vars(figures).items()
         if isinstance(value, Figure)
     }
-    named["model_seconds"] = Figure(model.cpu_seconds, "CPU s/image", model.source).described()
     if on_gpu:
         named["gpu_images_per_second"] = on_gpu.described()
+    else:
+        named["model_seconds"] = Figure(model.cpu_seconds, "CPU s/image", model.source).described()
     for name, price in prices.items():
         told = getattr(request, _PRICE(name)) is not None
         source = "told by its flag" if told else PRICES[name].source
@@ -463,11 +466,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan; returns the exit code: 0, or 2 where the request is wrong."""
     try:
         plan = reckon(parse(sys.argv[1:] if argv is None else argv))
+        shown, line = table(plan), json.dumps(plan, allow_nan=False)
     except RequestError as error:
         stdio.tell_error(error)
         return 2
-    stdio.tell(table(plan), "stderr")
-    stdio.tell(json.dumps(plan))
+    except (OverflowError, ValueError):
+        stdio.tell_error("a number that was given is too large, or too small, to reckon with")
+        return 2
+    stdio.tell(shown, "stderr")
+    stdio.tell(line)
     return 0
 
 
