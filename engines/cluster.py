@@ -43,9 +43,13 @@ class Cluster:
                     f"{folder}: a cluster runs here ({', '.join(running)}); bring it down first, "
                     "or give another folder"
                 )
-        shutil.rmtree(folder / "tmp", ignore_errors=True)  # of a cluster that died
+            shutil.rmtree(folder / "tmp", ignore_errors=True)  # of a cluster that died
+        elif (folder / "tmp").exists():
+            raise EngineError(f"{folder / 'tmp'}: is there, and of no cluster; give another folder")
         (folder / "tmp").mkdir(parents=True)
-        return cls(folder, parallelism, dict(zip(ports, free_ports(len(ports)), strict=True)))
+        cluster = cls(folder, parallelism, dict(zip(ports, free_ports(len(ports)), strict=True)))
+        cluster.save()  # from now on the folder is a cluster's
+        return cluster
 
     @property
     def flags(self) -> list[str]:

@@ -7,7 +7,6 @@ is whatever PATH says.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
@@ -39,14 +38,16 @@ log = logging.getLogger("pipeline.workers")
 class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
     """Starts and stops workers, each a process of this interpreter, as an engine asks.
 
-    `cores_each`: pin every worker to so many of the cores that this process may use, in turn.
+    `cores_each`: pin every worker to so many of the cores that this process may use, those that the
+    fewest living ones have.
     """
 
     def __init__(self, cores_each: int | None = None):
         cores = sorted(os.sched_getaffinity(0))
         size = cores_each or len(cores)
         shares = [cores[at : at + size] for at in range(0, len(cores) - size + 1, size)]
-        self._shares = itertools.cycle(shares or [cores])
+        self._shares = shares or [cores]
+        self._pinned: dict[subprocess.Popen[bytes], list[int]] = {}  # to which of the shares
         self._workers: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
         self._ended = False
@@ -61,7 +62,8 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
                 if self._ended:
                     raise RuntimeError("the pool is ending, and starts no more workers")
                 self._forget_ended()
-                share = next(self._shares)
+                pinned = [self._pinned[process] for process in self._workers.values()]
+                share = min(self._shares, key=pinned.count)
                 process = subprocess.Popen(
                     [sys.executable, "-m", "apache_beam.runners.worker.sdk_worker_main"],
                     env=environment,
@@ -73,7 +75,12 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
                     _end([process])
                     raise
                 # Engines number workers from 1 each: by the id alone, one would stop another's.
-                self._workers[context.peer(), request.worker_id] = process
+                asker = context.peer(), request.worker_id
+                before = self._workers.pop(asker, None)
+                self._workers[asker] = process
+                self._pinned = {p: self._pinned.get(p, share) for p in self._workers.values()}
+            if before:  # which nobody would end any more
+                _end([before])
         except Exception as error:  # whatever it is, the engine fails the job with it
             return answer(error=f"{type(error).__name__}: {error}")
         log.info("worker %s is process %d on cores %s", request.worker_id, process.pid, share)

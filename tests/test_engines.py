@@ -95,6 +95,15 @@ def test_what_a_cluster_that_died_left_behind_is_removed(tmp_path):
     assert not list((Cluster.new(tmp_path, 2, ("job",)).folder / "tmp").iterdir())
 
 
+def test_a_folder_of_another_kind_keeps_its_tmp(tmp_path):
+    mine = tmp_path / "tmp" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(EngineError, match="of no cluster"):
+        Cluster.new(tmp_path, 2, ("job",))
+    assert mine.exists()
+
+
 def test_a_process_that_ends_while_it_is_looked_at(tmp_path, monkeypatch):
     process = processes.start("brief", SLEEP, tmp_path)
     process.kill()

@@ -187,13 +187,26 @@ def test_a_start_that_is_under_way_when_the_pool_ends_leaves_no_worker(monkeypat
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_workers_are_pinned_in_turn():
+def test_workers_are_pinned_where_the_fewest_are():
     with served_pool(cores_each=1) as (pool, ask):
         for number in range(2):
             ask().StartWorker(start_request(f"{number}-1"))
+        ask().StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="1-1"))
+        ask().StartWorker(start_request("2-1"))  # in turn it would share a core
         cores = [os.sched_getaffinity(process.pid) for process in pool._workers.values()]
     assert [len(share) for share in cores] == [1, 1]
     assert cores[0] != cores[1]
+
+
+def test_an_id_that_is_asked_for_twice_leaves_no_worker_behind():
+    with served_pool() as (pool, ask):
+        stub = ask()
+        stub.StartWorker(start_request())
+        (first,) = pool._workers.values()
+        stub.StartWorker(start_request())
+        first.wait(10)
+        (second,) = pool._workers.values()
+        assert second.poll() is None
 
 
 def test_a_worker_that_cannot_be_pinned_is_ended(monkeypatch):
