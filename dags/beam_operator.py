@@ -4,7 +4,8 @@ For those who have that operator everywhere: it needs no code of ours, but it gi
 and retries whatever the exit code. On Dataflow it waits for the job's state, which is DONE also for
 a run with too many failures; `verify` after it tells, unless the day was published before: then it
 holds what that run published. The variable is as in image_features.py; for Dataflow give the
-operator `dataflow_config` and a temp_location besides.
+operator `dataflow_config` and a temp_location besides, and `retries=0`: a retry would start a
+second job beside one that still runs. A task that is killed while deferred leaves its job running.
 """
 
 from __future__ import annotations

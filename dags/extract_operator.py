@@ -23,7 +23,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 WRONG_REQUEST, TOO_MANY_FAILURES = 2, 3
 DATAFLOW_JOB = re.compile(r"Created job with id: \[([^]\s]+)\]")
-GRACE = 10  # seconds that a job has to end after SIGTERM
+GRACE = 3  # seconds that a job has to end after SIGTERM; Airflow kills the task itself after 5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
