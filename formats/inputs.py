@@ -16,8 +16,8 @@ from formats.example import ExampleKeys, ExampleTypes
 from formats.fields import Found
 from formats.image import looks_like
 from formats.listing import Entry
+from formats.records import utf8
 from formats.replay import Failed
-from formats.table import utf8
 from formats.tfrecord import Record
 from storage import files, steady
 from storage.errors import RequestError

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from formats import fields
 from formats.example import ExampleKeys, ExampleTypes
-from formats.table import utf8
+from formats.records import utf8
 from storage.secrets import hide_in_url
 
 URI = "uri"

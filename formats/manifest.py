@@ -34,14 +34,11 @@ def read_manifest(output: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(steady.read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not a manifest ({error}); its data cannot be read") from None
     check_version(path, manifest)
     try:
-        for fields, types in [(manifest, _FIELDS), *((e, _ENTRY) for e in manifest["files"])]:
-            for name, kind in types.items():
-                if not isinstance(fields[name], kind):
-                    raise TypeError(f"{name} is no {kind.__name__}")
+        check_fields(manifest)
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"{path}: not a manifest ({type(error).__name__}: {str(error)[:200]}); its data cannot "
@@ -65,10 +62,18 @@ def replaceable_manifest(output: str, if_exists: str) -> dict[str, Any] | None:
         return None
 
 
+def check_fields(manifest: Mapping[str, Any]) -> None:
+    """Raise KeyError or TypeError unless `manifest` has all that is relied on, of its type."""
+    for fields, types in [(manifest, _FIELDS), *((e, _ENTRY) for e in manifest["files"])]:
+        for name, kind in types.items():
+            if not isinstance(fields[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
+
+
 def check_version(path: str, manifest: Mapping[str, Any]) -> None:
     """Raise RequestError unless this program reads the version of the manifest at `path`."""
     version = manifest.get("format_version") if isinstance(manifest, Mapping) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise RequestError(
             f"{path}: not a manifest, for it has no format_version that is a number; its data "
             "cannot be read"

@@ -48,7 +48,7 @@ def page(output: str, overview: Overview) -> str:
         f"<h1>{escape(output)}</h1>",
         _head(manifest),
         _failures(overview),
-        _time(manifest["timing"], manifest.get("options", {}))
+        _time(manifest["timing"], manifest.get("options", {}), manifest["model"]["outputs"])
         if manifest.get("timing", {}).get("images")
         else "",
         _pictures(overview),
@@ -72,7 +72,8 @@ def page(output: str, overview: Overview) -> str:
 
 def _head(manifest: Mapping[str, Any]) -> str:
     counts, run = manifest["counts"], manifest["run"]
-    share = counts["failures"] / counts["images"] if counts["images"] else 0.0
+    of = manifest.get("judged") or counts  # a run that was not published keeps its failures alone
+    share = of["failures"] / of["images"] if of["images"] else 0.0
     told = {
         "images": f"{counts['images']:,}",
         "features": f"{counts['features']:,}",
@@ -105,7 +106,7 @@ def _failures(overview: Overview) -> str:
     return "<h2>Failures</h2>" + _table(["reason", "images", "share", "such as"], rows)
 
 
-def _time(timing: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _time(timing: Mapping[str, Any], options: Mapping[str, Any], outputs: Mapping[str, int]) -> str:
     steps = {name: timing[f"{name}_ms"] / 1000 for name in ("read", "wait", "inference")}
     rest = max(0.0, timing["carry_ms"] / 1000 - sum(steps.values()))
     shown = {
@@ -123,10 +124,11 @@ def _time(timing: Mapping[str, Any], options: Mapping[str, Any]) -> str:
         *([f"{timing['reused']:,} taken from equal pictures"] if timing.get("reused") else []),
         *([f"{timing['retries']:,} reads tried again"] if timing.get("retries") else []),
     ]
+    vectors = len(options.get("outputs") or outputs)
     times = {f"{name} ms": count for name, count in decode["up_to"].items()}
     return (
         "<h2>Where the time went</h2>"
-        f"<p>{escape(advice(timing, options) or '')}</p><div class='side'>"
+        f"<p>{escape(advice(timing, options, vectors) or '')}</p><div class='side'>"
         + _figure("seconds of the threads that carry images", _bars(shown, "{:,.1f}"))
         + _figure("pictures decoded in up to", _bars(times, "{:,.0f}"))
         + f"</div><p class='muted'>{escape('; '.join(facts))}</p>"

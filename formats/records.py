@@ -118,9 +118,23 @@ def place_key(source: str, index: int | None) -> str:
     return source if index is None else f"{source}#{index}"
 
 
+def utf8(text: str | None) -> str | None:
+    """`text` as Arrow can hold it: bytes of a file name that are no UTF-8 as `\\xNN`."""
+    if text is None or text.isascii():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def one_line(text: str) -> str:
-    """`text` without line breaks and credentials, under `MESSAGE_LIMIT` characters."""
+    """`text` without line breaks and credentials, under `MESSAGE_LIMIT` characters.
+
+    As it will be written: what is no UTF-8 in it is escaped first, which makes it longer.
+    """
     flat = " ".join(hide(text).split())
+    try:
+        flat = utf8(flat) or ""
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        flat = flat.encode("utf-8", "backslashreplace").decode()
     return flat if len(flat) < MESSAGE_LIMIT else flat[: MESSAGE_LIMIT - 4] + "..."
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from formats.records import Failure, Features
+from formats.records import Failure, Features, utf8
 
 # Arrow's own allocator keeps what a row group took: 30 of a job's 1,050 MiB.
 pa.set_memory_pool(pa.system_memory_pool())
@@ -160,13 +160,6 @@ def top_classes(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     softmax = shifted / shifted.sum(axis=1, keepdims=True)
     return order.astype(np.int32), np.take_along_axis(softmax, order, axis=1).astype(np.float32)
-
-
-def utf8(text: str | None) -> str | None:
-    """`text` as Arrow can hold it: bytes of a file name that are no UTF-8 as `\\xNN`."""
-    if text is None or text.isascii():
-        return text
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def utf8_within(value: Any) -> Any:

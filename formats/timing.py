@@ -111,10 +111,11 @@ def _ms(seconds: float) -> int:
     return round(1000 * seconds)
 
 
-def advice(timing: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+def advice(timing: Mapping[str, Any], options: Mapping[str, Any], vectors: int) -> str | None:
     """One line: where the time went and what would mend it; None where nothing was decoded.
 
-    `timing` is as `described`; `options` are the run's, of which no flag is advised that it had.
+    `timing` is as `described`; `options` are the run's, of which no flag is advised that it had;
+    `vectors` is how many of them a row has.
     """
     if not timing.get("images"):
         return None
@@ -136,7 +137,7 @@ def advice(timing: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     if shares[worst] < 0.1:
         worst = "model"
     had = {
-        "rest": len(options.get("outputs", ())) == 1,
+        "rest": vectors == 1,
         "model": options.get("precision") == "bfloat16",
     }
     return f"{told}; {_ADVICE[worst]}{'' if had.get(worst) else _FLAGS.get(worst, '')}"

@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from formats import table
 from formats.digests import key_digest, repeated_rows
-from formats.manifest import check_version
+from formats.manifest import check_fields, check_version
 from formats.parts import FAILURES, FEATURES, PartFile, open_part, sha256_of
 from formats.records import MESSAGE_LIMIT, one_line
-from storage import files
+from storage import files, steady
 from storage.errors import RequestError
 
-_PATH = re.compile(rf"({FEATURES}|{FAILURES})/[^/\\]+\.parquet")
+_PATH = re.compile(rf"({FEATURES}|{FAILURES})/[^/\\\x00-\x1f]+\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STAGES = ("read", "decode", "infer")
 _COPY_BYTES = 1 << 20
@@ -73,8 +73,8 @@ def _manifest(output: str, problem: Tell) -> dict[str, Any] | None:
             "a run that was published"
         )
     try:
-        manifest = json.loads(files.read_bytes(path))
-    except ValueError as error:
+        manifest = json.loads(steady.read_bytes(path))
+    except (ValueError, RecursionError) as error:
         if not any(files.occupied(files.join(output, kind)) for kind in (FEATURES, FAILURES)):
             raise RequestError(f"{path}: not a manifest ({error})") from None
         problem(f"manifest.json: cannot be read as JSON ({error})")
@@ -89,16 +89,18 @@ def _manifest(output: str, problem: Tell) -> dict[str, Any] | None:
 
 def _wrong_shape(manifest: Mapping[str, Any]) -> str | None:
     try:
-        listed = [
-            (str(f["path"]), int(f["rows"]), int(f["bytes"]), str(f["sha256"]))
-            for f in manifest["files"]
-        ]
+        check_fields(manifest)
         [int(manifest["counts"][name]) for name in ("images", FEATURES, FAILURES)]
         [int(count) for count in manifest["failures_by"].values()]
-        {str(name): int(width) for name, width in manifest["model"]["outputs"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        widths = {str(name): int(width) for name, width in manifest["model"]["outputs"].items()}
+        if not widths:
+            raise ValueError("model.outputs names no vector")
+        asked = (manifest.get("options") or {}).get("outputs") or []
+        if not isinstance(asked, list) or not set(asked) <= set(widths):
+            raise ValueError(f"options.outputs {asked!r} is no list of the model's vectors")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         return f"its fields are not those of a manifest ({type(error).__name__}: {error})"
-    paths = [path for path, *_ in listed]
+    paths = [entry["path"] for entry in manifest["files"]]
     for path in paths:
         if not _PATH.fullmatch(path):
             return f"it names {path[:200]!r}, which is no data file of an output"

@@ -141,7 +141,10 @@ def failed(
 def _advise(output: str) -> None:
     """Log where the time went and what would mend it."""
     manifest = read_manifest(output)
-    line = advice(manifest["timing"], manifest["options"]) if manifest else None
+    if manifest is None:
+        return
+    vectors = manifest["options"]["outputs"] or manifest["model"]["outputs"]
+    line = advice(manifest["timing"], manifest["options"], len(vectors))
     if line:
         log.info("%s", line)
 

@@ -29,6 +29,7 @@ INPUT_FORMATS = (
 )
 IMAGE_FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
 LARGEST_BATCH = 4096
+_LARGEST = float.fromhex("0x1.fffffep127")  # of float32
 SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -58,10 +59,10 @@ def byte_size(text: str) -> int:
 
 
 def value_range_of(text: str) -> tuple[float, float]:
-    """Two numbers with a comma between, the lower first."""
+    """Two numbers with a comma between, the lower first, which float32 can tell apart."""
     try:
         low, high = map(float, text.split(","))
-        if low < high:
+        if low < high and max(-low, high, high - low) <= _LARGEST:
             return low, high
     except ValueError:
         pass

@@ -17,8 +17,8 @@ from formats.dataset import Publication
 from formats.image import Preprocessing
 from formats.isolation import Limits, shared_processes, start_ahead
 from formats.manifest import replaceable_manifest
-from formats.records import DecodedImage, Features, ImageRecord
-from formats.table import TableSpec, metadata_text, utf8
+from formats.records import DecodedImage, Features, ImageRecord, utf8
+from formats.table import TableSpec, metadata_text
 from models import handles, prepared
 from pipeline import __version__, dataflow, portable
 from pipeline.options import Options
@@ -371,7 +371,7 @@ def runner_of(name: str | None) -> str:
 
     Beam's own switching would first try Prism, whose binary it downloads.
     """
-    bare = (name or "direct").lower().removesuffix("runner")
+    bare = (name or "direct").rpartition(".")[2].lower().removesuffix("runner")
     return DIRECT_RUNNER if bare in ("direct", "switchingdirect") else str(name)
 
 

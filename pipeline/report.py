@@ -18,7 +18,13 @@ from storage.errors import RequestError
 
 NAME = "report.html"
 MOST = 5000  # rows
-_WRONG = (ValueError, KeyError, TypeError, AttributeError)  # fields of another shape
+_WRONG = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)  # fields of another shape
 
 
 def parser() -> argparse.ArgumentParser:

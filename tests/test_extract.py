@@ -1059,6 +1059,8 @@ DATAFLOW = {"runner": "DataflowRunner", "project": "p", "region": "r"}
         ({"model": "/nowhere/nasnet_mobil"}, "did you mean nasnet_mobile?"),
         ({"max_image_bytes": "many"}, "such as 4096, 64MiB"),
         ({"value_range": "5,5"}, "such as 0,1 or -1,1"),
+        ({"value_range": "0,inf"}, "such as 0,1 or -1,1"),
+        ({"value_range": "-3e38,3e38"}, "such as 0,1 or -1,1"),
         ({"formats": "jpeg,heic"}, "heic"),
         ({"runner": "NoSuchRunner"}, "NoSuchRunner"),
         ({"direct_num_workers": "many"}, "direct_num_workers"),

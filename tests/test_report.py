@@ -107,6 +107,8 @@ def test_what_was_not_published_has_a_page_too(tmp_path, job, write):
     assert code == 0
     assert "too_many_failures" in shown.text
     assert "bad.jpg" in shown.text
+    judged = json.loads((folder / "manifest.json").read_text())["judged"]
+    assert f"{judged['failures'] / judged['images']:.2%} failed" in " ".join(shown.text.split())
 
 
 def test_an_empty_output(tmp_path, job, write):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats import table
-from formats.records import Failure, Features, ImageRef
+from formats.records import MESSAGE_LIMIT, Failure, Features, ImageError, ImageRef, one_line
 from formats.table import TableSpec, failure_schema, failures_table, features_table, top_classes
 
 WIDTHS = {"embedding": 5, "logits": 7}
@@ -281,3 +281,14 @@ def test_vectors_have_neither_statistics_nor_dictionary():
     assert "RLE_DICTIONARY" not in vector.encodings
     assert columns["key"].statistics.min == "k0"
     assert "RLE_DICTIONARY" in columns["source"].encodings
+
+
+def test_a_message_of_a_name_that_is_no_utf8_keeps_its_bound():
+    """Each such byte is four characters in the file."""
+    error = ImageError("ShortRead", "\udcc4" * 400)
+    failure = Failure.of(ImageRef("k", "s", None), "read", error)
+    batch = failures_table([failure], failure_schema({}))
+    (message,) = batch.column("message").to_pylist()
+    assert message.startswith("\\xc4\\xc4")
+    assert len(message) < MESSAGE_LIMIT
+    assert one_line("\ud800") == "\\ud800"

@@ -69,7 +69,7 @@ def test_nothing_is_described_too():
     assert json.loads(json.dumps(told)) == told
     assert told["images"] == told["decode_ms"]["p95"] == 0
     assert told["batch_fill"] is None
-    assert advice(told, {}) is None
+    assert advice(told, {}, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_the_advice_names_the_largest_loss(changes, says):
     if "wait" in changes or "read" in changes:
         given["inference"] = 55
     timing = Timing(images=9, decoded={4: 9}, **{**given, **changes})
-    line = advice(timing.described(), {})
+    line = advice(timing.described(), {}, 2)
     assert says in line
     assert "\n" not in line
 
 
 def test_no_flag_is_advised_that_the_run_had():
     model = Timing(images=9, decoded={4: 9}, carry=100, inference=98).described()
-    assert "--precision bfloat16" in advice(model, {"precision": "float32", "outputs": []})
-    assert "bfloat16" not in advice(model, {"precision": "bfloat16", "outputs": []})
+    assert "--precision bfloat16" in advice(model, {"precision": "float32"}, 2)
+    assert "bfloat16" not in advice(model, {"precision": "bfloat16"}, 2)
     writing = Timing(images=9, decoded={4: 9}, carry=100, inference=20).described()
-    assert "fewer --outputs" in advice(writing, {"precision": "float32", "outputs": []})
-    assert "--outputs" not in advice(writing, {"precision": "float32", "outputs": ["logits"]})
+    assert "fewer --outputs" in advice(writing, {"precision": "float32"}, 2)
+    assert "--outputs" not in advice(writing, {"precision": "float32"}, 1)

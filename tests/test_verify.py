@@ -347,6 +347,13 @@ def lose_a_field(manifest):
         (same_file_twice, "twice"),
         (leave_the_output, "no data file of an output"),
         (lose_a_field, "its fields are not those of a manifest"),
+        (lambda m: m.pop("run"), "its fields are not those of a manifest (KeyError: 'run')"),
+        (lambda m: m["files"][0].update(rows=float("inf")), "(TypeError: rows is no int)"),
+        (lambda m: m["counts"].update(images=float("inf")), "(OverflowError"),
+        (lambda m: m.update(options=[1]), "(AttributeError"),
+        (lambda m: m.update(options={"outputs": "embedding"}), "is no list of the model's vectors"),
+        (lambda m: m["model"].update(outputs={}), "model.outputs names no vector"),
+        (lambda m: m["files"][0].update(path="features/a\0.parquet"), "no data file of an output"),
     ],
 )
 def test_a_manifest_that_tells_something_else(output, check, edit, told):
@@ -436,12 +443,14 @@ def test_a_read_that_fails_now_and_then_is_no_damage(output, check, monkeypatch)
             return super().read(count)
 
     def open_read(path):
-        return Cut(open(path, "rb", buffering=0)) if path.endswith(".parquet") else opened(path)
+        name = path.rpartition("/")[2]
+        wanted = name.endswith(".parquet") or name == "manifest.json"
+        return Cut(open(path, "rb", buffering=0)) if wanted else opened(path)
 
     monkeypatch.setattr(retries, "FIRST_WAIT", 0)
     monkeypatch.setattr(files, "open_read", open_read)
     assert check(output)[0] == 0
-    assert len(failed) == 3
+    assert len(failed) == 4
 
 
 def test_a_misspelt_flag_is_a_wrong_request(output, capsys):

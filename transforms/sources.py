@@ -20,8 +20,7 @@ from formats.digests import Bytes, DigestSet, image_digest, key_digest, place_di
 from formats.fields import Found, refer, too_many_bytes
 from formats.inputs import Source, Unit
 from formats.listing import Entry
-from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key
-from formats.table import utf8
+from formats.records import Failure, ImageError, ImageRecord, ImageRef, digest, place_key, utf8
 from formats.timing import Timing
 from storage import files, steady, web
 from storage.errors import RunError
