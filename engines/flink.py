@@ -22,12 +22,14 @@ from engines.cluster import START, Cluster, command_line
 from engines.jars import jars
 from engines.processes import EngineError, wait_for
 
-# A TaskManager's memory as Flink wants to be told of it, in MB: 1008 in all.
+# A TaskManager's memory as Flink wants to be told of it, in MB: 1200 in all.
 _MEMORY = {
     "taskmanager.memory.framework.heap.size": 96,
     "taskmanager.memory.task.heap.size": 240,
     "taskmanager.memory.framework.off-heap.size": 96,
-    "taskmanager.memory.task.off-heap.size": 32,
+    # Each job's gRPC has buffers of its own, which stay until its classes are collected: with 32
+    # here the fourth or fifth job found none left, and waited for its workers for ever.
+    "taskmanager.memory.task.off-heap.size": 224,
     "taskmanager.memory.network.min": 96,
     "taskmanager.memory.network.max": 96,
     "taskmanager.memory.managed.size": 64,
@@ -104,7 +106,9 @@ def up(
         memory = [word for key, mb in _MEMORY.items() for word in ("-D", f"{key}={mb}m")]
         heap = _MEMORY["taskmanager.memory.framework.heap.size"]
         heap += _MEMORY["taskmanager.memory.task.heap.size"]
-        limits = ("-XX:MaxDirectMemorySize=192m", "-XX:MaxMetaspaceSize=256m")
+        direct = ("framework.off-heap.size", "task.off-heap.size", "network.max")
+        most = sum(_MEMORY[f"taskmanager.memory.{name}"] for name in direct)
+        limits = (f"-XX:MaxDirectMemorySize={most}m", "-XX:MaxMetaspaceSize=256m")
         manager = f"{runtime}.taskexecutor.TaskManagerRunner"
         settings = (*where, "-D", "taskmanager.cpu.cores=1", *memory)
         for number in range(task_managers):
