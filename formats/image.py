@@ -355,7 +355,7 @@ def _check_png(data: bytes, image: PngImagePlugin.PngImageFile) -> None:
     """
     width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     last = image.crop((0, height - 1, width, height))
-    if not interlaced and any(np.asarray(last).flat):
+    if not interlaced and np.asarray(last).any():
         return
     bits = depth * _PNG_CHANNELS.get(color, 1)
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)

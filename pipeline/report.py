@@ -18,13 +18,8 @@ from storage.errors import RequestError
 
 NAME = "report.html"
 MOST = 5000  # rows
-_WRONG = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-)  # fields of another shape
+# Of fields of another shape.
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 def parser() -> argparse.ArgumentParser:
