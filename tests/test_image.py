@@ -331,6 +331,21 @@ def test_a_png_whose_pixels_end_early_is_damaged(interlaced, rows, value):
         )
 
 
+def test_an_interlaced_png_may_have_its_last_row_and_end_early_all_the_same():
+    """Of an odd height the last pass, every other row, does not hold the last one."""
+    sides = [(3, 3), (2, 3), (5, 2), (5, 5), (10, 5), (10, 10), (20, 9)]  # of 20 x 19
+    lines = [b"\0" + b"\xc8" * 3 * columns for columns, count in sides for _ in range(count)]
+    header = struct.pack(">IIBBBBB", 20, 19, 8, 2, 0, 0, 1)
+
+    def png(held):
+        body = [(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(held))), (b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(pictures.png_chunk(*chunk) for chunk in body)
+
+    assert decode_image(png(lines), Preprocessing(1))[0].tolist() == [[[200, 200, 200]]]
+    assert Image.open(BytesIO(png(lines[:-1]))).getpixel((0, 18)) == (200, 200, 200)
+    assert error_of(png(lines[:-1])).error_class == "CorruptImage"
+
+
 @pytest.mark.parametrize("side", [256, 512])
 def test_a_tile_is_held_to_the_limit_too(side):
     """It is decoded whole, here for 16 x 16 pixels."""
