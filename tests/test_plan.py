@@ -213,7 +213,7 @@ def test_every_network_and_precision_has_a_plan():
             name: reckoned("--precision", precision, model=name)["images_per_second_per_worker"]
             for name in NETWORKS
         }
-        assert speeds["pnasnet_large"] <= speeds["nasnet_large"] < speeds["nasnet_mobile"]
+        assert speeds["pnasnet_large"] < speeds["nasnet_large"] < speeds["nasnet_mobile"]
     handle = next(iter(HUB_MODELS))
     assert reckoned(model=handle)["images_per_second"]
 
