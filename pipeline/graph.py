@@ -77,8 +77,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     handler = FrozenModelHandler(
         plan.model, plan.batch_size, plan.table.dtype, plan.fingerprint, plan.value_range
     )
-    _, at_once = handler.call_sizes
-    decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation, at_once)
+    decoded = read.images | DecodeImages(plan.preprocessing, plan.isolation, handler.call_size)
     if plan.stop_after == "decode":
         return count(decoded.images, [read.failures, decoded.failures])
     extract: beam.PTransform = ExtractFeatures(handler)

@@ -21,7 +21,7 @@ from formats.timing import Timing
 from pipeline.preflight import DIRECT_RUNNER
 from transforms import decode
 from transforms.decode import DecodeImages, decode_record
-from transforms.lookahead import cpu_threads
+from transforms.lookahead import cpu_threads, model_busy
 
 HOW = Preprocessing(16)
 
@@ -174,6 +174,25 @@ def test_waiting_for_a_picture_is_told(monkeypatch):
     timing = Timing.total(out.timings)
     assert timing.decode >= 0.2
     assert timing.wait >= 0.1  # from when it was asked for
+
+
+def test_no_wait_is_told_while_the_model_runs(monkeypatch):
+    def slowly(data, how):
+        time.sleep(0.2)
+        return decode_image(data, how)
+
+    monkeypatch.setattr(decode, "decode_image", slowly)
+    step = decode._Decode(HOW, None)
+    step.setup()
+    step.start_bundle()
+    model_busy().begin()
+    assert list(step.process(record("k", pictures.jpeg(24, 24)))) == []
+    *_, timing = step.finish_bundle()
+    model_busy().end()
+    step.teardown()
+    timing = timing.value.value
+    assert timing.carry >= timing.decode >= 0.2
+    assert max(timing.wait, timing.read) < 0.1
 
 
 @pytest.mark.parametrize(("at_once", "most"), [(1, 128), (128, 128), (512, 1024)])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.ml.inference.base import ModelHandler
@@ -20,7 +25,16 @@ from formats.timing import Timing
 from models.loading import LoadSpec, OutOfMemory
 from storage.errors import RunError
 from transforms import inference
-from transforms.inference import ExtractFeatures, FrozenModelHandler, infer_batch, run_padded
+from transforms.inference import (
+    Call,
+    ExtractFeatures,
+    FrozenModelHandler,
+    _HandOn,
+    infer_batch,
+    run_padded,
+)
+from transforms.lookahead import model_threads
+from transforms.metrics import totals
 from transforms.reuse import Known
 
 SIDE = 4
@@ -236,29 +250,30 @@ def test_poison_and_little_memory_together():
 HANDLER = FrozenModelHandler(LoadSpec("/m"), 8)
 
 
+def through(handler, images, model):
+    """The results of one call."""
+    (call,) = handler.run_inference(images, model)
+    return call.results()
+
+
 def test_what_memory_allowed_is_remembered():
     handler, model = FrozenModelHandler(LoadSpec("/m"), 8), Model(memory=3)
+    before = totals()
     for first in (0, 4):
         images = [image(v) for v in range(first, first + 4)]
-        assert failed(handler.run_inference(images, model)) == []
+        assert failed(through(handler, images, model)) == []
     assert model.sizes == [8, 4, 2, 2, 2, 2]
+    assert (
+        totals()["ExtractFeatures", "batch_halvings"] - before["ExtractFeatures", "batch_halvings"]
+        == 1
+    )
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "copies", "sizes"),
-    [
-        (8, 1, (8, 128)),
-        (8, 3, (24, 120)),
-        (16, 2, (32, 128)),
-        (4, 2, (8, 8)),
-        (8, 32, (256, 256)),
-        (256, 1, (256, 256)),
-    ],
-)
-def test_the_handler_asks_for_whole_rounds_of_batches(batch_size, copies, sizes):
+@pytest.mark.parametrize(("batch_size", "copies"), [(8, 1), (8, 3), (256, 2)])
+def test_the_handler_asks_for_a_batch_to_each_copy(batch_size, copies):
     handler = FrozenModelHandler(LoadSpec("/m", copies=copies), batch_size)
     for _ in range(2):
-        assert handler.call_sizes == sizes
+        assert handler.call_size == batch_size * copies
         handler = pickle.loads(pickle.dumps(handler))
 
 
@@ -285,15 +300,107 @@ class CountingHandler(FakeHandler):
         return super().run_inference(batch, model, inference_args)
 
 
-@pytest.mark.parametrize("count", [0, 1, 8, 9, 8 + 128, 8 + 128 + 1, 8 + 2 * 128])
-def test_the_first_call_of_a_bundle_is_small_and_none_is_empty(count):
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 24, 25])
+def test_every_call_but_a_bundles_last_is_whole_and_none_is_empty(count):
     CALLS.clear()
-    handler = CountingHandler(LoadSpec("/m"), 8)
+    handler = CountingHandler(LoadSpec("/m", copies=2), 4)
     out = pipe([image(1 + v % 3) for v in range(count)], ExtractFeatures(handler))
     assert len(list(out.features)) == count
-    left = max(0, count - 8)
-    expected = [min(count, 8), *[128] * (left // 128), left % 128]
+    expected = [*[8] * (count // 8), count % 8]
     assert [size for size in expected if size] == CALLS
+
+
+# ---------------------------------------------------------------- while a call runs
+
+
+class Gate(Model):
+    """Runs on no picture before it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = threading.Event()
+
+    def __call__(self, pixels):
+        assert self.open.wait(30)
+        return super().__call__(pixels)
+
+
+def test_a_call_is_handed_on_when_the_next_one_runs():
+    handler, model, step = FrozenModelHandler(LoadSpec("/m"), 2), Gate(), _HandOn()
+    step.start_bundle()
+    (first,) = handler.run_inference([image(1), image(2)], model)  # and comes back at once
+    assert list(step.process(first)) == []
+    (second,) = handler.run_inference([image(3)], model)
+    model.open.set()
+    *rows, _ = step.process(second)
+    assert [row.ref.key for row in rows] == ["k1", "k2"]
+    *rows, told = step.finish_bundle()
+    assert [row.value.ref.key for row in rows] == ["k3"]
+    assert told.tag == "timings"
+    assert list(step.finish_bundle()) == []
+
+
+def test_a_picture_in_two_running_calls_gives_a_row_in_each():
+    handler, model = FrozenModelHandler(LoadSpec("/m"), 2), Gate()
+    (first,) = handler.run_inference([image(1, "a")], model)
+    (second,) = handler.run_inference([image(1, "b"), image(POISON, "c")], model)
+    model.open.set()
+    (row, _), (other, bad, _) = first.results(), second.results()
+    assert (row.ref.key, other.ref.key, bad.key) == ("a", "b", "c")
+    assert row.vectors["logits"].tolist() == other.vectors["logits"].tolist()
+
+
+def test_the_models_time_is_told_once_though_calls_overlap():
+    handler, model = FrozenModelHandler(LoadSpec("/m"), 1), Gate()
+    begun = time.perf_counter()
+    calls = [handler.run_inference([image(v)], model)[0] for v in range(1, 4)]
+    time.sleep(0.05)
+    model.open.set()
+    told = [call.results()[-1].inference for call in calls]
+    assert 0.05 <= sum(told) <= time.perf_counter() - begun
+
+
+def test_pixels_go_with_their_call():
+    handler, model = FrozenModelHandler(LoadSpec("/m"), 2), Model()
+    images = [image(1), image(2), image(3)]
+    watched = [weakref.ref(one.pixels) for one in images]
+    gc.disable()  # which would find them in a circle
+    try:
+        (call,) = handler.run_inference(images, model)
+        assert len(call.results()) == 4
+        del call, images
+        lanes = model_threads(1)
+        assert lanes.submit(len, "the last batch is let go").result() == 24
+        assert [one() for one in watched] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+def test_an_engine_that_hands_calls_to_another_process_hands_on_their_results():
+    class Apart(beam.PTransform):
+        def expand(self, images):
+            run = inference.RunInference(FakeHandler(LoadSpec("/m"), 2)).with_output_types(Call)
+            calls = images | run | beam.Reshuffle()
+            return calls | beam.ParDo(_HandOn()).with_outputs(
+                "failures", "timings", main="features"
+            )
+
+    out = pipe([[image(1), image(POISON)], [image(3)]], Apart())
+    assert sorted(row.ref.key for row in out.features) == ["k1", "k3"]
+    assert [failure.key for failure in out.failures] == [f"k{POISON}"]
+    assert Timing.total(out.timings).filled == 3
+
+
+def test_beam_learns_the_size_of_a_call_without_waiting_for_it():
+    model = Gate()
+    (call,) = FrozenModelHandler(LoadSpec("/m"), 2).run_inference([image(1)], model)
+    coder = beam.coders.registry.get_coder(Call)
+    assert coder.get_impl().estimate_size(call) > 0
+    model.open.set()
+    for _ in range(2):
+        again = coder.decode(coder.encode(call))
+        assert [row.ref.key for row in again.results()[:-1]] == ["k1"]
+        call = again
 
 
 def test_the_transform_parts_features_from_failures():
@@ -347,7 +454,7 @@ def test_what_float16_cannot_hold_is_a_failure_not_an_infinity(sign):
     results, _ = infer_batch(images, Large(), 4, largest)
     assert failed(results) == [60, 33]  # 2 x 33 x 1000 is beyond 65504
     assert {r.error_class for r in results if isinstance(r, Failure)} == {"NotFinite"}
-    *rows, _ = FrozenModelHandler(LoadSpec("/m"), 4, "float16").run_inference(images, Large())
+    *rows, _ = through(FrozenModelHandler(LoadSpec("/m"), 4, "float16"), images, Large())
     assert failed(rows) == [60, 33]
 
 
@@ -356,8 +463,8 @@ def test_what_float16_cannot_hold_is_a_failure_not_an_infinity(sign):
 
 def test_equal_bytes_are_computed_once_and_give_a_row_each():
     handler, model = FrozenModelHandler(LoadSpec("/m"), 4), Model()
-    first = handler.run_inference([image(1, "a"), image(2, "b"), image(1, "c")], model)
-    again = pickle.loads(pickle.dumps(handler)).run_inference([image(2, "d"), image(1, "e")], model)
+    first = through(handler, [image(1, "a"), image(2, "b"), image(1, "c")], model)
+    again = through(pickle.loads(pickle.dumps(handler)), [image(2, "d"), image(1, "e")], model)
     assert model.sizes == [4]  # one batch, and none for what is known
     *rows, told = first
     assert [(row.ref.key, row.vectors["embedding"].tolist()) for row in rows] == [
@@ -374,7 +481,7 @@ def test_equal_bytes_are_computed_once_and_give_a_row_each():
 def test_each_of_equal_bad_pictures_is_a_failure_of_its_own():
     handler = FrozenModelHandler(LoadSpec("/m"), 4)
     images = [image(POISON, "a"), image(1, "b"), image(POISON, "c")]
-    *rows, _ = handler.run_inference(images, Model())
+    *rows, _ = through(handler, images, Model())
     assert [(row.key, row.stage) for row in rows if isinstance(row, Failure)] == [
         ("a", "infer"), ("c", "infer"),
     ]  # fmt: skip
@@ -383,7 +490,7 @@ def test_each_of_equal_bad_pictures_is_a_failure_of_its_own():
 def test_another_run_knows_nothing_of_the_first():
     model = Model()
     for _ in range(2):  # another model or preprocessing, perhaps
-        FrozenModelHandler(LoadSpec("/m"), 4).run_inference([image(1)], model)
+        through(FrozenModelHandler(LoadSpec("/m"), 4), [image(1)], model)
     assert model.sizes == [4, 4]
 
 

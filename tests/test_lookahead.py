@@ -6,8 +6,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from transforms.lookahead import Lookahead, cpu_threads, io_threads, map_ahead
+from transforms import lookahead
+from transforms.lookahead import Busy, Lookahead, cpu_threads, io_threads, map_ahead, model_busy
 
 
 @pytest.fixture
@@ -133,3 +136,33 @@ def test_what_nobody_waits_for_any_more_is_not_started():
         results.close()
         gate.set()
     assert started in ([0], [0, 1])
+
+
+# ---------------------------------------------------------------- how long something was busy
+
+
+@given(st.lists(st.tuples(st.sampled_from(["begin", "end", "lap"]), st.integers(0, 9))))
+def test_time_is_either_busy_or_idle(steps):
+    now, works, busy_for, told = 0, 0, 0, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookahead.time, "perf_counter", lambda: now)
+        busy = Busy()
+        for step, seconds in steps:
+            if step == "begin":
+                busy.begin()
+                works += 1
+            elif step == "end" and works:
+                busy.end()
+                works -= 1
+            elif step == "lap":
+                told += busy.lap()
+                assert told == busy_for
+            now += seconds
+            busy_for += seconds if works else 0
+            assert busy.idle() == now - busy_for
+
+
+def test_each_thread_carries_images_of_its_own():
+    with ThreadPoolExecutor(1) as other:
+        assert model_busy() is model_busy()
+        assert other.submit(model_busy).result() is not model_busy()

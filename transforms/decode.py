@@ -16,7 +16,7 @@ from formats.image import Preprocessing, decode_image
 from formats.isolation import DecodeProcesses, Limits, shared_processes
 from formats.records import DecodedImage, Failure, ImageError, ImageRecord, digest
 from formats.timing import Timing
-from transforms.lookahead import Lookahead, cpu_threads
+from transforms.lookahead import Lookahead, cpu_threads, model_busy
 from transforms.metrics import count_decoding, inc_counter
 
 In = TypeVar("In")
@@ -52,6 +52,7 @@ class _Decode(beam.DoFn):
         self._open = contextlib.ExitStack()
 
     def setup(self) -> None:
+        self._idle = time.perf_counter
         shared = shared_processes(self._how, self._limits, decode_image)
         self._processes = self._open.enter_context(shared)
         self._ahead = self._lookahead()
@@ -69,12 +70,14 @@ class _Decode(beam.DoFn):
             self._most_ahead,
             weigh=lambda record: len(record.data),
             start=_SOON,
+            clock=self._idle,
         )
 
     def start_bundle(self) -> None:
+        self._idle = model_busy().idle  # while the model runs, nothing is waited for
         self._ahead = self._lookahead()
         self._begin(time.perf_counter())
-        self._left = self._begun
+        self._left = self._idle()
 
     def _begin(self, now: float) -> None:
         self._begun = now
@@ -83,15 +86,15 @@ class _Decode(beam.DoFn):
         self._read = self._ahead.waited = 0.0
 
     def process(self, record: ImageRecord) -> Iterator[Any]:
-        self._read += time.perf_counter() - self._left  # what went before is the reader's
+        self._read += self._idle() - self._left  # what went before is the reader's
         for item in self._ahead.push(record):
             yield self._part(item)
-        self._left = time.perf_counter()
+        self._left = self._idle()
         if len(self._seconds) >= _TOLD:
             yield beam.pvalue.TaggedOutput("timings", self._timing())
 
     def finish_bundle(self) -> Iterator[Any]:
-        self._read += time.perf_counter() - self._left
+        self._read += self._idle() - self._left
         window = GlobalWindow()
         for item in self._ahead.drain():
             yield self._part(item, lambda v: WindowedValue(v, window.max_timestamp(), (window,)))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import time
+import pickle
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import apache_beam as beam
@@ -23,15 +24,14 @@ from formats.timing import Timing
 from models.loading import LoadedModel, LoadSpec, OutOfMemory, load
 from storage.errors import RunError
 from transforms.beam_ml import ModelHandler, RunInference
-from transforms.lookahead import model_threads
+from transforms.lookahead import model_busy, model_threads
 from transforms.metrics import count_inference, inc_counter
-from transforms.reuse import known_in
+from transforms.reuse import Known, known_in
 
 Vectors = Mapping[str, np.ndarray]
+Results = list[Features | Failure]
 _ALIGNMENT = 64  # bytes, of Eigen's tensors
 _LARGEST = float(np.finfo(np.float32).max)
-_SMALL = 8  # images a batch
-_TOGETHER = 128  # images in one call, in as many rounds as it takes
 
 
 def infer_batch(
@@ -39,7 +39,7 @@ def infer_batch(
     model: LoadedModel,
     batch_size: int,
     largest: float = float("inf"),
-) -> tuple[list[Features | Failure], int]:
+) -> tuple[Results, int]:
     """Features or Failure for each of `images`, in order, and the batch size that memory allowed.
 
     At most `batch_size` images, run padded to it. A batch that fails is bisected, so that one
@@ -155,12 +155,89 @@ def _probe(model: LoadedModel, size: int, image: DecodedImage, largest: float) -
         )
 
 
-class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing, LoadedModel]):
+class Call:
+    """Images on their way through the model; its batches run from when it is made.
+
+    `infer` runs a batch of at most `size` images on one of `lanes`, and tells whether memory made
+    it a smaller one. Of equal encoded bytes the
+    vectors are computed once, and what is `known` not at all.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[DecodedImage],
+        infer: Callable[[Sequence[DecodedImage]], tuple[Results, bool]],
+        lanes: ThreadPoolExecutor,
+        size: int,
+        known: Known,
+    ):
+        self._images = images
+        self._size = size
+        self._known = known
+        self._vectors = {image.sha256: known.get(image.sha256) for image in images}
+        self._new = {image.sha256: image for image in images if self._vectors[image.sha256] is None}
+        waiting = list(self._new.values())
+        self._parts = []
+        self._busy = busy = model_busy()
+        for at in range(0, len(waiting), size):
+            busy.begin()
+            part = lanes.submit(infer, waiting[at : at + size])
+            part.add_done_callback(lambda _: busy.end())  # no self, whose pixels it would keep
+            self._parts.append(part)
+
+    def results(self) -> list[Features | Failure | Timing]:
+        """Waits for it. One result an image, in order, and then the Timing of them all."""
+        parts = [part.result() for part in self._parts]
+        if halved := sum(lowered for _, lowered in parts):
+            inc_counter("ExtractFeatures", "batch_halvings", halved)
+        done = [result for results, _ in parts for result in results]
+        computed = dict(zip(self._new, done, strict=True))
+        for sha256, result in computed.items():
+            if isinstance(result, Features):
+                self._known.put(sha256, result.vectors)
+        timing = Timing(
+            batches=len(self._parts),
+            filled=len(done),
+            slots=len(self._parts) * self._size,
+            inference=self._busy.lap(),
+            reused=len(self._images) - len(done),
+        )
+        count_inference(timing)
+        return [*(_like(image, self._vectors, computed) for image in self._images), timing]
+
+
+class _CallCoder(beam.coders.Coder):
+    """For engines that hand a Call to another process: it takes the results there."""
+
+    def encode(self, value: Call | _Done) -> bytes:
+        return pickle.dumps(value.results())
+
+    def decode(self, encoded: bytes) -> _Done:
+        return _Done(pickle.loads(encoded))
+
+    def estimate_size(self, value: Call | _Done) -> int:
+        """What Beam asks of some elements, which should not have to wait for it."""
+        return 1 << 16
+
+
+class _Done:
+    """A Call that came from another process."""
+
+    def __init__(self, results: list[Features | Failure | Timing]):
+        self._results = results
+
+    def results(self) -> list[Features | Failure | Timing]:
+        return self._results
+
+
+beam.coders.registry.register_coder(Call, _CallCoder)
+
+
+class FrozenModelHandler(ModelHandler[DecodedImage, Call, LoadedModel]):
     """Loads a model of either hub format as one frozen function and runs it on fixed batches.
 
     `batch_size` images make a batch, and `spec.copies` batches run at once, each on its own thread;
-    small batches several times before the threads wait for each other, but once in a bundle's first
-    call, whose rows are waited for. `call_sizes`: images in the first call, and in the others.
+    `call_size` images, for all of these, come in a call, which is handed on before it has ended.
     `dtype`: the type in which vectors will be written; what it cannot hold is a failure. Of equal
     encoded bytes the vectors are computed once, as far as a process remembers them. `fingerprint`:
     the only one that the model may have, None for any.
@@ -175,10 +252,7 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         value_range: tuple[float, float] | None = None,
     ):
         super().__init__()
-        first = most = batch_size * spec.copies
-        if batch_size >= _SMALL:  # less are for large networks, whose rows take long
-            most *= max(1, _TOGETHER // most)
-        self.call_sizes = first, most
+        self.call_size = batch_size * spec.copies
         self._spec = spec
         self._batch_size = batch_size
         self._largest = float(np.finfo(dtype).max)
@@ -213,36 +287,19 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Features | Failure | Timing,
         batch: Sequence[DecodedImage],
         model: LoadedModel,
         inference_args: dict[str, Any] | None = None,
-    ) -> list[Features | Failure | Timing]:
-        """One result an image, in order (see `infer_batch`), and then the Timing of them all."""
-        start = time.perf_counter()
+    ) -> list[Call]:
+        """One Call. While its images are computed, others are decoded and rows written."""
+        infer = functools.partial(self._infer, model=model)
+        lanes = model_threads(self._spec.copies)
+        return [Call(batch, infer, lanes, self._batch_size, known_in(self._run))]
+
+    def _infer(self, images: Sequence[DecodedImage], model: LoadedModel) -> tuple[Results, bool]:
+        """`infer_batch` by what memory has allowed so far, and whether it allowed that now."""
         size = self._batch_size
-        known = known_in(self._run)
-        vectors = {image.sha256: known.get(image.sha256) for image in batch}
-        new = {image.sha256: image for image in batch if vectors[image.sha256] is None}
-        waiting = list(new.values())
-        parts = [waiting[at : at + size] for at in range(0, len(waiting), size)]
-        infer = functools.partial(infer_batch, model=model, batch_size=size, largest=self._largest)
-        done = list(model_threads(self._spec.copies).map(infer, parts))
-        allowed = min((fitted for _, fitted in done), default=size)
-        if allowed < size:
-            inc_counter("ExtractFeatures", "batch_halvings")
-            self._batch_size = allowed
-        timing = Timing(
-            batches=len(parts),
-            filled=len(waiting),
-            slots=len(parts) * size,
-            inference=time.perf_counter() - start,
-            reused=len(batch) - len(waiting),
-        )
-        count_inference(timing)
-        computed = dict(
-            zip(new, (result for results, _ in done for result in results), strict=True)
-        )
-        for sha256, result in computed.items():
-            if isinstance(result, Features):
-                known.put(sha256, result.vectors)
-        return [*(_like(image, vectors, computed) for image in batch), timing]
+        results, allowed = infer_batch(images, model, size, self._largest)
+        if lowered := allowed < size:
+            self._batch_size = min(self._batch_size, allowed)
+        return results, lowered
 
     def get_num_bytes(self, batch: Sequence[DecodedImage]) -> int:
         """Bytes of pixels. Beam's default pickles the whole batch to learn it."""
@@ -272,38 +329,56 @@ def _like(
     return Features(image.ref, image.sha256, image.width, image.height, vectors)
 
 
-def _part(result: Features | Failure | Timing) -> Iterator[Any]:
-    if isinstance(result, Timing):
-        yield beam.pvalue.TaggedOutput("timings", result)
-    elif isinstance(result, Failure):
-        inc_counter("ExtractFeatures", "failures")
-        yield beam.pvalue.TaggedOutput("failures", result)
-    else:
-        yield result
-
-
 class _Batch(beam.DoFn):
-    """Images -> lists of them, each for one call of the handler; all in one window."""
+    """Images -> lists of `size` of them, each for one call of the handler; all in one window."""
 
-    def __init__(self, first: int, most: int):
-        self._first = first
-        self._most = most
+    def __init__(self, size: int):
+        self._size = size
 
     def start_bundle(self) -> None:
-        self._size = self._first
         self._waiting: list[DecodedImage] = []
 
     def process(self, image: DecodedImage) -> Iterator[list[DecodedImage]]:
         self._waiting.append(image)
         if len(self._waiting) == self._size:
-            full, self._waiting, self._size = self._waiting, [], self._most
+            full, self._waiting = self._waiting, []
             yield full
 
     def finish_bundle(self) -> Iterator[Any]:
         if self._waiting:
-            window = GlobalWindow()
-            yield WindowedValue(self._waiting, window.max_timestamp(), (window,))
+            yield _globally(self._waiting)
         self._waiting = []
+
+
+class _HandOn(beam.DoFn):
+    """Calls -> their results, each when the next one runs, so that the model never waits for it."""
+
+    def start_bundle(self) -> None:
+        self._running: Call | None = None
+
+    def process(self, call: Call) -> Iterator[Any]:
+        ended, self._running = self._running, call
+        if ended:
+            yield from map(_tagged, ended.results())
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if self._running:
+            yield from (_tagged(result, _globally) for result in self._running.results())
+        self._running = None
+
+
+def _globally(value: Any) -> Any:
+    window = GlobalWindow()
+    return WindowedValue(value, window.max_timestamp(), (window,))
+
+
+def _tagged(result: Features | Failure | Timing, wrap: Callable[[Any], Any] = lambda v: v) -> Any:
+    if isinstance(result, Timing):
+        return beam.pvalue.TaggedOutput("timings", wrap(result))
+    if isinstance(result, Failure):
+        inc_counter("ExtractFeatures", "failures")
+        return beam.pvalue.TaggedOutput("failures", wrap(result))
+    return wrap(result)
 
 
 class ExtractFeatures(beam.PTransform):
@@ -317,7 +392,7 @@ class ExtractFeatures(beam.PTransform):
         """A PCollection of DecodedImage -> the outputs."""
         return (
             images
-            | "Batch" >> beam.ParDo(_Batch(*self._handler.call_sizes))
-            | "RunInference" >> RunInference(self._handler)
-            | "Part" >> beam.FlatMap(_part).with_outputs("failures", "timings", main="features")
+            | "Batch" >> beam.ParDo(_Batch(self._handler.call_size))
+            | "RunInference" >> RunInference(self._handler).with_output_types(Call)
+            | "HandOn" >> beam.ParDo(_HandOn()).with_outputs("failures", "timings", main="features")
         )

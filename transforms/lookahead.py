@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -33,13 +34,64 @@ def model_threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="model")
 
 
+class Busy:
+    """How long at least one of the works begun was not ended. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._works = 0
+        self._before = self._since = self._told = 0.0
+
+    def begin(self) -> None:
+        """A work has begun."""
+        with self._lock:
+            if not self._works:
+                self._since = time.perf_counter()
+            self._works += 1
+
+    def end(self) -> None:
+        """One of the works has ended."""
+        with self._lock:
+            self._works -= 1
+            if not self._works:
+                self._before += time.perf_counter() - self._since
+
+    def lap(self) -> float:
+        """Seconds of it since the last lap."""
+        with self._lock:
+            before, self._told = self._told, self._until(time.perf_counter())
+            return self._told - before
+
+    def idle(self) -> float:
+        """A clock of seconds that stands still while a work goes on."""
+        with self._lock:
+            now = time.perf_counter()
+            return now - self._until(now)
+
+    def _until(self, now: float) -> float:
+        return self._before + (now - self._since if self._works else 0.0)
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.model = Busy()
+
+
+_of_thread = _OfThread()
+
+
+def model_busy() -> Busy:
+    """What the model does for the images that the calling thread carries through the steps."""
+    return _of_thread.model
+
+
 class Lookahead(Generic[In, Out]):
     """Applies `function` to what is pushed, on `threads`, and hands results back in order.
 
     At most `depth` items, and about `max_bytes` of what `weigh` says of them, are held; pushing
     more waits for the oldest. Given `start`, only so many are held at first, and half of what has
     been pushed later, so that results come soon. An exception of `function` is raised where its
-    result is due.
+    result is due. Waiting is measured by `clock`.
     """
 
     def __init__(
@@ -50,6 +102,7 @@ class Lookahead(Generic[In, Out]):
         weigh: Callable[[In], int] = lambda item: 0,
         max_bytes: int = 64 << 20,
         start: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self._function = function
         self._threads = threads
@@ -58,6 +111,7 @@ class Lookahead(Generic[In, Out]):
         self._pushed = 0
         self._weigh = weigh
         self._max_bytes = max_bytes
+        self._clock = clock
         self._pending: deque[tuple[int, Future[Out]]] = deque()
         self._bytes = 0
         self.waited = 0.0  # seconds, for results that were due and not there
@@ -93,11 +147,11 @@ class Lookahead(Generic[In, Out]):
     def _oldest(self) -> Out:
         weight, future = self._pending.popleft()
         self._bytes -= weight
-        start = time.perf_counter()
+        start = self._clock()
         try:
             return future.result()
         finally:
-            self.waited += time.perf_counter() - start
+            self.waited += self._clock() - start
 
 
 def map_ahead(
