@@ -5,8 +5,9 @@
 
 memory: the peak of the process tree at 2,000 and 20,000 images. images: what an image costs from
 500 to 2,000 and from 2,000 to 50,000. shards: 10,000 images in 1 file and in 500. files: the same
-as 10,000 JPEG files against 4 TFRecords. Start-up is taken off by a run over 500 images. Runs are
-added to docs/performance.json.
+as 10,000 JPEG files against 4 TFRecords. Start-up is taken off by a run over 500 images. Every
+second turn goes backwards, so that no case always comes first. Runs are added to
+docs/performance.json.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from benchmarks.throughput import Place, ours
 
 PART = "growth"
 _MORE = ("images", "seconds", "cpu")  # of which a larger run takes more
+BASE = 500  # images
+IMAGES = (2000, 20000, 50000, 10000)  # small, large, huge, and of the other cases
 
 
 def inputs(
     small: int, large: int, huge: int, many: int
 ) -> dict[str, tuple[str, Callable[..., str], tuple[int, int]]]:
     """Case -> what it belongs to, what makes its input below a folder, (images, shards)."""
-    base = 500
     return {
-        "base": ("memory images shards files", write_records, (base, 4)),
+        "base": ("memory images shards files", write_records, (BASE, 4)),
         "small": ("memory images", write_records, (small, 4)),
         "large": ("memory", write_records, (large, 4)),
         "huge": ("images", write_records, (huge, 4)),
@@ -45,33 +47,39 @@ def inputs(
 
 
 def costs(runs: results.Runs) -> results.Runs:
-    """Images/s and CPU ms an image of each run but the base's, whose start-up is taken off: that of
-    the base's run next to it in time.
+    """Images/s, CPU ms an image and the share of the cores that was busy, of each run but the
+    base's, whose start-up is taken off: that of the base's run nearest in time, within an hour.
     """
-    base = runs.get("base", [])
 
-    def cost(one: dict[str, Any]) -> dict[str, Any]:
-        off = min(base, key=lambda found: abs(results.at(found) - results.at(one)))
+    def cost(one: dict[str, Any]) -> dict[str, Any] | None:
+        off = results.nearest(one, runs.get("base", []))
+        if off is None:
+            return None
         images, seconds, cpu = (one[figure] - off[figure] for figure in _MORE)
-        rates = {"images_per_second": images / seconds, "cpu_ms": 1000 * cpu / images}
-        return {**rates, "of": one["of"]}
+        return {
+            **one,
+            "images_per_second": images / seconds,
+            "cpu_ms": 1000 * cpu / images,
+            "busy": cpu / seconds / one["of"]["cores"],
+        }
 
-    rest = {name: found for name, found in runs.items() if name != "base"}
-    return {name: [cost(one) for one in found] for name, found in rest.items()} if base else {}
+    rest = {name: list(map(cost, found)) for name, found in runs.items() if name != "base"}
+    return {name: [one for one in found if one] for name, found in rest.items()}
 
 
 def table(runs: results.Runs) -> str:
     """What was measured, in Markdown."""
     rows = [
-        "| | images | images/s, start-up taken off | CPU ms an image | peak MiB |",
-        "|---|---|---|---|---|",
+        "| | images | images/s, start-up taken off | CPU ms an image | cores busy | peak MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for name, cost in costs(runs).items():
         found = runs[name]
+        busy = results.spread(cost, "busy", 2)
         rows.append(
             f"| {name.replace('_', ' ')} | {found[-1]['images']} "
             f"| {results.spread(cost, 'images_per_second')} | {results.spread(cost, 'cpu_ms', 2)} "
-            f"| {results.spread(found, 'peak_mib')} |"
+            f"| {busy} | {results.spread(found, 'peak_mib')} |"
         )
     every = [one for found in runs.values() for one in found]
     return "\n".join([*rows, "", results.caption(every)])
@@ -82,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cases = ("memory", "images", "shards", "files")
     parser.add_argument("--only", nargs="*", default=list(cases), choices=cases)
-    parser.add_argument("--images", type=int, nargs=4, default=(2000, 20000, 50000, 10000))
+    parser.add_argument("--images", type=int, nargs=4, default=IMAGES)
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs of these")
@@ -100,12 +108,16 @@ def main() -> None:
             commands[name] = ours("--precision", request.precision)(place, pattern)
     if request.make:
         return
+    if request.fresh:
+        results.forget(request.results, PART, commands)
     for turn in range(request.repeat):
-        for name, command in commands.items():
+        for name, command in list(commands.items())[:: -1 if turn % 2 else 1]:
             shutil.rmtree(place.output, ignore_errors=True)
             told = run(command, limit=3600)
+            if told["failures"]:
+                raise SystemExit(f"{name}: {told['failures']} pictures failed, which cost no model")
             kept = {figure: told[figure] for figure in ("images", "seconds", "cpu", "peak_mib")}
-            results.add(request.results, PART, name, kept, request.fresh and turn == 0)
+            results.add(request.results, PART, name, {**kept, "precision": request.precision})
             note(f"{name}: {kept['seconds']:.1f} s, {kept['peak_mib']:.0f} MiB")
     results.show_each(request.results, PART, table)
 

@@ -73,10 +73,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
     request = parser.parse_args()
     data = large_photographs(request.count)
-    for turn in range(request.repeat):
+    if request.fresh:
+        results.forget(request.results, PART, map(str, request.sides))
+    for _ in range(request.repeat):
         for side in request.sides:
             figures = measure(data, side)
-            results.add(request.results, PART, str(side), figures, request.fresh and turn == 0)
+            results.add(request.results, PART, str(side), figures)
             note(f"{side}: {figures['times']:.1f} times faster")
     results.show_each(request.results, PART, table)
 

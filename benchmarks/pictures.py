@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from formats.example import serialize_example
+from formats.records import digest
 from formats.tfrecord import write_record
 from pipeline.demo import photographs
 
@@ -48,6 +49,13 @@ def commented(jpeg: bytes, number: int) -> bytes:
     return jpeg[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + jpeg[2:]
 
 
+def _of_this_source(folder: Path) -> Path:
+    """A folder below `folder`, made, for what this file makes as it is now."""
+    made = folder / f"pictures-{digest(Path(__file__).read_bytes())[:8]}"
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def large_photographs(count: int) -> list[bytes]:
     """`count` crops of 4000 x 3000 pixels, as JPEG of quality 90. They are enlarged, so smoother
     than a camera's, and a little cheaper to decode.
@@ -55,17 +63,17 @@ def large_photographs(count: int) -> list[bytes]:
     return list(_crops(LARGE, count))
 
 
-def write_records(folder: Path, images: int, shards: int, pictures: tuple[bytes, ...] = ()) -> str:
+def write_records(folder: Path, images: int, shards: int) -> str:
     """`images` examples in `shards` TFRecord files below `folder`; returns their pattern.
 
     Written once; later calls find them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _of_this_source(folder)
     pattern = str(folder / f"photos-{images}-?????-of-{shards:05}")
     names = [folder / f"photos-{images}-{i:05}-of-{shards:05}" for i in range(shards)]
     if all(name.exists() for name in names):
         return pattern
-    made = pictures or crops()
+    made = crops()
     for shard, name in enumerate(names):
         scratch = name.with_name(f".{name.name}")
         with scratch.open("wb") as stream:
@@ -81,6 +89,7 @@ def write_records(folder: Path, images: int, shards: int, pictures: tuple[bytes,
 
 def write_files(folder: Path, images: int) -> str:
     """`images` files in a folder below `folder`, 1,000 to a folder; returns the whole's path."""
+    folder = _of_this_source(folder)
     whole = folder / f"files-{images}"
     if whole.exists():
         return str(whole)

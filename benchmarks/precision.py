@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.processes import note
 from benchmarks.throughput import Place
+from models.runtime import BFLOAT16_KERNELS
 
 PART = "precision"
 NETWORKS = ("nasnet_mobile", "pnasnet_mobile", "nasnet_large", "pnasnet_large")
@@ -100,6 +101,8 @@ def main() -> None:
     request = parser.parse_args()
     if request.vectors:
         return vectors(*request.vectors)
+    if not BFLOAT16_KERNELS:
+        parser.error("this CPU has no bfloat16: what it would compute is float32")
     place = Place(request.work)
     for network in request.networks:
         exact = _made(place, network, "float32", "tensorflow")

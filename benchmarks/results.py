@@ -5,6 +5,8 @@ A part stands between `<!-- measured: NAME -->` and `<!-- end -->`, in whichever
 
 from __future__ import annotations
 
+import calendar
+import itertools
 import json
 import os
 import platform
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import load
+from formats import resampling
 
 NEAR = 3600  # seconds between two runs that are held against each other
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,7 @@ _KNOWN = {
     "family 26 model 2,": "Zen 5",
     "family 25 model 17,": "Zen 4",
     "family 25 model 1,": "Zen 3",
+    "family 23 model 1,": "Zen 1",
     "family 6 model 207,": "Xeon without AMX",
     "family 6, 126 GiB": "Xeon with AMX",
 }
@@ -48,7 +52,7 @@ def circumstances(cores: int | None = None) -> dict[str, Any]:
     model = "{model name}, family {cpu family} model {model}"
     model = model.format(**cpu) if "cpu family" in cpu else platform.machine()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return {
         "cores": cores or len(os.sched_getaffinity(0)),
@@ -56,6 +60,7 @@ def circumstances(cores: int | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": found,
         "commit": commit,
+        "compiled": resampling.COMPILED is not None,
         "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "load": round(load(), 1),
     }
@@ -67,23 +72,27 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def add(
-    folder: Path,
-    part: str,
-    name: str,
-    run: dict[str, Any],
-    fresh: bool = False,
-    cores: int | None = None,
-) -> None:
-    """Add `run`, with its circumstances, to the runs of `name` in `part`; at once, on disk.
+def add(folder: Path, part: str, name: str, run: dict[str, Any], cores: int | None = None) -> None:
+    """Add `run`, with its circumstances, to the runs of `name` in `part`; at once, on disk."""
+    data = read(folder)
+    data.setdefault(part, {}).setdefault(name, []).append({**run, "of": circumstances(cores)})
+    _write(folder, data)
 
-    `fresh`: earlier ones on this machine are forgotten.
-    """
+
+def forget(folder: Path, part: str, names: Iterable[str], cores: int | None = None) -> None:
+    """Drop the runs of `names` in `part` on this machine, by as many cores: they are made anew."""
     data, here = read(folder), circumstances(cores)
-    runs = data.setdefault(part, {}).setdefault(name, [])
-    if fresh:
-        runs[:] = [one for one in runs if one["of"]["machine"] != here["machine"]]
-    runs.append({**run, "of": here})
+    runs = data.get(part, {})
+    for name in set(names) & set(runs):
+        runs[name] = [
+            one
+            for one in runs[name]
+            if any(one["of"][what] != here[what] for what in ("machine", "cores"))
+        ]
+    _write(folder, data)
+
+
+def _write(folder: Path, data: dict[str, Any]) -> None:
     path = folder / DATA
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".new")
@@ -119,13 +128,23 @@ def each(folder: Path, part: str, make: Callable[[Runs], str]) -> str:
 
 
 def by_machine(folder: Path, only: str | None = None) -> dict[str, dict[str, Runs]]:
-    """The runs of all parts, or of one, for each machine that has any, the last used one first."""
+    """The runs of all parts, or of one, for each machine that has any, the last used one first.
+
+    Where a part ran on some of a machine's cores and on others, these are machines of their own.
+    """
     data = {part: runs for part, runs in read(folder).items() if only in (None, part)}
+    cores: dict[tuple[str, str], set[int]] = {}
+    for part, runs in data.items():
+        for one in itertools.chain(*runs.values()):
+            cores.setdefault((part, one["of"]["machine"]), set()).add(one["of"]["cores"])
     of: dict[str, dict[str, Runs]] = {}
     for part, runs in data.items():
         for name, found in runs.items():
             for one in found:
-                own = of.setdefault(one["of"]["machine"], {})
+                machine = one["of"]["machine"]
+                if len(cores[part, machine]) > 1:
+                    machine += f", {one['of']['cores']} cores"
+                own = of.setdefault(machine, {})
                 own.setdefault(part, {}).setdefault(name, []).append(one)
 
     def last(machine: str) -> str:
@@ -137,12 +156,14 @@ def by_machine(folder: Path, only: str | None = None) -> dict[str, dict[str, Run
 
 def short(machine: str) -> str:
     """The name by which people know a machine, where one is known here."""
-    return next((name for told, name in _KNOWN.items() if told in machine), machine)
+    cores = re.search(r", \d+ cores$", machine)
+    known = next((name for told, name in _KNOWN.items() if told in machine), None)
+    return machine if known is None else known + (cores[0] if cores else "")
 
 
 def at(run: dict[str, Any]) -> float:
     """When a run ended, in seconds."""
-    return time.mktime(time.strptime(run["of"]["at"], "%Y-%m-%d %H:%M"))
+    return calendar.timegm(time.strptime(run["of"]["at"], "%Y-%m-%d %H:%M"))
 
 
 def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
@@ -151,9 +172,14 @@ def median(runs: Iterable[dict[str, Any]], figure: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def comparable(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether they ended within an hour, of the same precision where the part has several."""
+    return abs(at(run) - at(other)) <= NEAR and run.get("precision") == other.get("precision")
+
+
 def nearest(run: dict[str, Any], others: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """That of `others` which ended nearest to `run`, None where none did within an hour of it."""
-    near = [other for other in others if abs(at(run) - at(other)) <= NEAR]
+    """That of `others` which ended nearest to `run`, None where none is comparable."""
+    near = [other for other in others if comparable(run, other)]
     return min(near, key=lambda other: abs(at(run) - at(other)), default=None)
 
 
@@ -173,12 +199,9 @@ def paired(
 def worst(
     mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], figure: str
 ) -> float | None:
-    """The largest of mine / other, of all pairs within an hour."""
+    """The largest of mine / other, of all pairs that are comparable."""
     near = [
-        one[figure] / other[figure]
-        for one in mine
-        for other in others
-        if abs(at(one) - at(other)) <= NEAR
+        one[figure] / other[figure] for one in mine for other in others if comparable(one, other)
     ]
     return max(near, default=None)
 
@@ -201,6 +224,7 @@ def caption(runs: Iterable[dict[str, Any]]) -> str:
         return ""
     last = max(of, key=lambda one: one["at"])
     versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    versions += "" if last.get("compiled", True) else ", resized by Pillow"
     commits = ", ".join(sorted({one["commit"] for one in of}))
     loads = [one["load"] for one in of]
     return (

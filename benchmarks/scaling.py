@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--model", help="a model directory; default: nasnet_mobile, seeded")
     parser.add_argument("--images", type=int, nargs=2, default=[1500, 4500])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="forget earlier rounds")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="where docs/ lies")
     parser.add_argument("--folder", type=Path, help="for inputs and logs, default: a temporary one")
     request = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is brought down
@@ -78,13 +80,14 @@ def main() -> None:
         model = request.model or str(folder / "nasnet_mobile")
         build_seeded_model(model)
         inputs = {count: write_records(folder / "in", count, SHARDS) for count in request.images}
-        for number in range(request.repeat):
+        if request.fresh:
+            results.forget(request.results, PART, ["flink"])
+        for _ in range(request.repeat):
             one, idle = rate(1, model, inputs, folder)
             two, _ = rate(2, model, inputs, folder)
             run = {"one": one, "two": two, "ratio": two / one, "start_up": idle}
-            results.add(results.ROOT, PART, "flink", run, fresh=number == 0)
-        runs = results.read(results.ROOT)[PART]["flink"]
-        results.show(results.ROOT, PART, table(runs))
+            results.add(request.results, PART, "flink", run)
+        results.show_each(request.results, PART, lambda runs: table(runs["flink"]))
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -17,7 +17,6 @@ NAME = "targets"
 Parts = dict[str, results.Runs]
 
 MET, MISSED, NOT_SHOWN = "met", "missed", "not shown"
-_OTHER_WAYS = ("plain", "lanes", "eager", "compile")
 _PRECISIONS = (("bf16", "bfloat16"), ("f32", "float32"))
 _GB = 1e9 / (1 << 20)  # in MiB
 
@@ -56,7 +55,7 @@ class Target:
         return MISSED if low or high else NOT_SHOWN if self.unrun else MET
 
 
-def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
+def _rates(runs: results.Runs) -> Iterator[Target]:
     """Images/s, as ratios of runs within an hour.
 
     A rival counts by the best of its ways, and nothing is met before all of them ran.
@@ -66,12 +65,11 @@ def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
         return results.paired(runs.get(ours, []), runs.get(rival, []), "images_per_second")
 
     def against(shown: str, ours: str, rival: str, least: float | None = None) -> Target:
-        others = [f"{rival}_{way}" for way in _OTHER_WAYS]
-        ways = [rival, *(way for way in others if way in throughput.CONTENDERS)]
-        ratios = {way: ratio(ours, way) for way in ways}
+        ratios = {way: ratio(ours, way) for way in throughput.ways(rival)}
         ran = [found for found in ratios.values() if found]
-        unrun = tuple(way for way, found in ratios.items() if not found)
-        return Target(shown, min(ran, default=None), least, unrun=unrun)
+        unrun = [way for way, found in ratios.items() if not found]
+        unrun += [f"{name} over 10,000 images" for name in (ours, *ratios) if _is_short(name, runs)]
+        return Target(shown, min(ran, default=None), least, unrun=tuple(unrun))
 
     def allowed(job: str, function: str) -> float | None:
         """The median of a job's share, each run against the ceilings nearest in time."""
@@ -80,7 +78,7 @@ def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
             alone = [results.nearest(mine, runs.get(name, [])) for name in ("decode", function)]
             seconds = sum(one["cpu_ms"] for one in alone if one) / 1000
             if all(alone):
-                shares.append(mine["images_per_second"] * seconds / cores)
+                shares.append(mine["images_per_second"] * seconds / mine["of"]["cores"])
         return statistics.median(shares) if shares else None
 
     for short, name in _PRECISIONS:
@@ -108,11 +106,21 @@ def _rates(runs: results.Runs, cores: int) -> Iterator[Target]:
         shown, mine = f"function alone, {name}: ours by OpenVINO", f"bare_{short}_openvino"
         yield against(f"{shown} / by TensorFlow", mine, f"bare_{short}")
         yield against(f"{shown} / OpenVINO's", mine, f"openvino_{short}")
+    for short, name in _PRECISIONS:
+        shown = f"{name} by OpenVINO / decoding + OpenVINO"
+        yield against(shown, f"ours_{short}_openvino", f"openvino_loop_{short}")
     for network in throughput.LARGE:
         for short, name, least in (("bf16", "bfloat16", 1.2), ("f32", "float32", None)):
             for by, engine in (("", ""), (" by OpenVINO", "_openvino")):
                 mine, timm = f"{network}_{short}{engine}", f"timm_{network}_{short}"
                 yield against(f"{network}, {name}{by} / timm", mine, timm, least)
+
+
+def _is_short(name: str, runs: results.Runs) -> bool:
+    """Whether what should run over many images has only run over fewer."""
+    contender = throughput.CONTENDERS[name]
+    images = results.median(runs.get(name, []), "images")
+    return not contender.steady and images is not None and images < 10_000 * contender.share
 
 
 def _starts(runs: results.Runs) -> Iterator[Target]:
@@ -123,7 +131,16 @@ def _starts(runs: results.Runs) -> Iterator[Target]:
 
 
 def _growths(runs: results.Runs) -> Iterator[Target]:
-    """As ratios of runs within an hour: of memory the worst, of CPU time the median."""
+    """As ratios of runs within an hour: of memory the worst, of CPU time the median.
+
+    Of runs of as many images as the lines say.
+    """
+    small, large, huge, many = growth.IMAGES
+    sizes = {"base": growth.BASE, "small": small, "large": large, "huge": huge}
+    runs = {
+        name: [one for one in found if one["images"] == sizes.get(name, many)]
+        for name, found in runs.items()
+    }
     peak = results.median(runs.get("large", [])[-1:], "peak_mib")
     grown = results.worst(runs.get("large", []), runs.get("small", []), "peak_mib")
     yield Target("peak, 20,000 images / 2,000", grown, most=1.1)
@@ -136,6 +153,16 @@ def _growths(runs: results.Runs) -> Iterator[Target]:
     ):
         ratio = results.paired(costs.get(more, []), costs.get(fewer, []), "cpu_ms")
         yield Target(f"CPU time an image, {shown}", ratio, most=1.05)
+    for shown, name in (
+        ("one TFRecord file", "one_shard"),
+        ("many files", "many_files"),
+        ("50,000 images", "huge"),
+    ):
+        yield Target(
+            f"share of the cores kept busy, {shown}",
+            results.median(costs.get(name, []), "busy"),
+            0.95,
+        )
 
 
 def _large_pictures(runs: results.Runs) -> Iterator[Target]:
@@ -149,10 +176,8 @@ def _large_pictures(runs: results.Runs) -> Iterator[Target]:
 
 def every(parts: Parts) -> list[Target]:
     """All targets, in one order whatever was measured; `parts` are one machine's."""
-    runs = parts.get(throughput.PART, {})
-    cores = max((one["of"]["cores"] for found in runs.values() for one in found), default=1)
     return [
-        *_rates(runs, cores),
+        *_rates(parts.get(throughput.PART, {})),
         *_starts(parts.get(startup.PART, {})),
         *_growths(parts.get(growth.PART, {})),
         *_large_pictures(parts.get(large_pictures.PART, {})),
@@ -173,7 +198,7 @@ def table(machines: Mapping[str, Parts]) -> str:
             doubtful = [target for target in line if target.verdict == NOT_SHOWN]
             unrun |= dict.fromkeys(name for target in doubtful for name in target.unrun)
     if unrun:
-        rows += ["", f"?: ways of the rival that did not run there: {', '.join(unrun)}."]
+        rows += ["", f"?: what did not run there: {', '.join(unrun)}."]
     return "\n".join(rows)
 
 
