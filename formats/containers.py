@@ -17,7 +17,12 @@ from storage.steady import SteadyStream
 
 TFRECORD, PARQUET, WEBDATASET = "tfrecord", "parquet", "webdataset"
 CONTAINERS = (TFRECORD, PARQUET, WEBDATASET)
-OF_ONE_RECORD = {"BadChecksum", webdataset.NAMELESS}  # damage behind which reading goes on
+_OF_ONE_RECORD = {"BadChecksum", "RecordTooLarge", webdataset.NAMELESS}
+
+
+def hides_more(error_class: str) -> bool:
+    """Whether damage of this class may hide records behind its own place."""
+    return error_class not in _OF_ONE_RECORD
 
 
 @dataclass(frozen=True, slots=True)

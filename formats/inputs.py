@@ -20,7 +20,7 @@ from formats.records import utf8
 from formats.replay import Failed
 from formats.tfrecord import Record
 from storage import files, steady
-from storage.errors import RequestError
+from storage.errors import RequestError, RunError
 from storage.files import FileInfo
 from storage.steady import SteadyStream
 
@@ -31,6 +31,7 @@ _HEADS = 16  # files of which the beginning is looked at, where all names agree
 _IMAGES_A_UNIT = 128  # enough to fill batches, few enough to spread over workers
 _SAMPLED_FILES = 8  # files that are looked at for types
 _SAMPLED_ROWS = 1000  # rows of a manifest, which cost little
+_SAMPLED_BYTES = 64 << 20  # of records, all held at once
 
 _Item = TypeVar("_Item")
 
@@ -40,11 +41,13 @@ class Source:
     """An input pattern and the format of its files.
 
     `output`: where the run writes, whose own files are no input wherever they lie; empty for none.
+    `some`: whether files were found, as whoever lists it later must find some too.
     """
 
     pattern: str
     format: str
     output: str = ""
+    some: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +99,17 @@ def detect_format(found: Sequence[FileInfo]) -> str:
         return IMAGES
     if len(telling) == 1:
         steady.read_at_most(telling[0].path, 1)  # nothing but this one, so the request is wrong
-    if all(map(_is_tfrecord, telling)):
+    if _all_tfrecords(telling):
         return TFRECORD
     for kind, endings, begins in (
-        (PARQUET, parquet.ENDINGS, lambda info: _head(info).startswith(parquet.MAGIC)),
-        (WEBDATASET, webdataset.ENDINGS, lambda info: webdataset.is_tar(_head(info))),
-        (MANIFEST, listing.ENDINGS, lambda info: looks_like(_head(info)) is None),
+        (PARQUET, parquet.ENDINGS, lambda head: head.startswith(parquet.MAGIC)),
+        (WEBDATASET, webdataset.ENDINGS, webdataset.is_tar),
+        (MANIFEST, listing.ENDINGS, lambda head: looks_like(head) is None),
     ):
         if not all(info.path.lower().endswith(endings) for info in telling):
             continue
         looked_at = [info for info in telling[:_HEADS] if info.size]
-        if not looked_at or any(map(begins, looked_at)):
+        if not looked_at or any(begins(_head(info) or b"") for info in looked_at):
             return kind
     return IMAGES
 
@@ -116,16 +119,25 @@ def _tells_by_name(path: str) -> bool:
     return tfrecord.looks_like_tfrecord_name(path) or path.lower().endswith(endings)
 
 
-def _is_tfrecord(info: FileInfo) -> bool:
-    return tfrecord.looks_like_tfrecord_name(info.path) or tfrecord.is_tfrecord(_head(info))
+def _all_tfrecords(telling: Sequence[FileInfo]) -> bool:
+    found = False
+    for info in telling:
+        if not tfrecord.looks_like_tfrecord_name(info.path):
+            head = _head(info)
+            if head is None:
+                continue
+            if not tfrecord.is_tfrecord(head):
+                return False
+        found = True
+    return found
 
 
-def _head(info: FileInfo) -> bytes:
-    """The beginning of a file; nothing of one that cannot be read, which will be a failure row."""
+def _head(info: FileInfo) -> bytes | None:
+    """The beginning of a file; None of one that cannot be read, which will be a failure row."""
     try:
         return steady.read_at_most(info.path, _HEAD_BYTES)
     except OSError:
-        return b""
+        return None
 
 
 def survey(
@@ -180,7 +192,7 @@ def survey(
                         f"has it, and not as {kind}; name it first, or leave it out of that one"
                     )
             taken.setdefault(kind, set()).update(paths)
-        sources.append(Source(pattern, kind, output))
+        sources.append(Source(files.absolute(pattern), kind, output, bool(found)))
         if kind != IMAGES:
             warnings += _doubts(found)
     return sources, warnings
@@ -259,8 +271,9 @@ def _first(lines: Sequence[str]) -> list[str]:
 def list_units(
     sources: Iterable[Source], limit: int | None, keys: ExampleKeys | None = None
 ) -> Iterator[Unit]:
-    """The work that `sources` hold, every file once, in the order given. Raises OSError.
+    """The work that `sources` hold, every file once, in the order given.
 
+    Raises OSError, and RunError where nothing is left of one that had files.
     With `limit` the containers are walked, so that the units hold just the first `limit` images.
     `keys` tells which values of a manifest's rows are wanted.
     """
@@ -283,11 +296,18 @@ def _units_of(source: Source, keys: ExampleKeys, seen: set[str], listed: _Listed
     if source.format == FAILURES:
         yield from _failed_units(source.pattern, keys)
         return
-    fresh = []
+    fresh, found = [], False
     for info in _find(source):
+        found = True
         if info.path not in seen:
             seen.add(info.path)
             fresh.append(info)
+    if source.some and not found:
+        raise RunError(
+            f"--input {source.pattern}: had files when the run was planned, and has none where it "
+            "is read; the run would publish nothing in their place; look whether the disk is still "
+            "there, and on every worker"
+        )
     if source.format == IMAGES:
         yield from (Unit(IMAGES, chunk) for chunk in _chunks(fresh))
     elif source.format == MANIFEST:
@@ -369,9 +389,10 @@ def _failed_units(output: str, keys: ExampleKeys) -> Iterator[Unit]:
     for failed in replay.failed_sources(output):
         info, kind = _format_of(failed, before)
         if info is None or kind == IMAGES:
-            entries += [Entry(key, failed.source) for key in failed.images]
-            entries += [Entry(key, failed.source, index) for index, key in failed.keys.items()]
-            entries += [Entry(key, failed.source, index) for index, key in failed.damage.items()]
+            path = replay.path_of(failed.source)
+            entries += [Entry(key, path) for key in failed.images]
+            entries += [Entry(key, path, index) for index, key in failed.keys.items()]
+            entries += [Entry(key, path, index) for index, key in failed.damage.items()]
         elif kind == MANIFEST:
             every = bool(failed.images)
             rows = enumerate(_entries(info, keys))
@@ -399,11 +420,20 @@ def _format_of(failed: Failed, before: str) -> tuple[FileInfo | None, str]:
 
 
 def sample(sources: Sequence[Source], count: int) -> list[bytes]:
-    """The first records of the TFRecord sources, at most `count`, for their types."""
+    """The first records of the TFRecord sources, at most `count`, for their types: of large ones
+    as many as hold `_SAMPLED_BYTES`.
+    """
     units = list_units([s for s in sources if s.format == TFRECORD], None)
     items = _of_readable((unit.files[0] for unit in units), _walk_for_types(TFRECORD))
-    records = (item.data for item in items if isinstance(item, Record))
-    return list(itertools.islice(records, count))
+    records: list[bytes] = []
+    size = 0
+    for item in items:
+        if isinstance(item, Record):
+            records.append(item.data)
+            size += len(item.data)
+            if len(records) == count or size >= _SAMPLED_BYTES:
+                break
+    return records
 
 
 def _walk_for_types(
@@ -551,10 +581,20 @@ def _parquet_types(infos: Iterable[FileInfo], keys: ExampleKeys) -> list[Example
 def _manifest_types(
     infos: Iterable[FileInfo], pattern: str, keys: ExampleKeys
 ) -> list[ExampleTypes]:
-    def read(info: FileInfo) -> Iterator[Entry]:
-        with SteadyStream(info.path, info.size) as stream:
-            entries = listing.read_entries(cast(BinaryIO, stream), info.path, fields.names_of(keys))
-            yield from itertools.islice(entries, _SAMPLED_ROWS)
+    """What the rows give; a file that is no manifest counts where there is none."""
 
-    rows = list(_of_readable(infos, read))
+    def read(info: FileInfo) -> Iterator[Entry | ValueError]:
+        with SteadyStream(info.path, info.size) as stream:
+            names = fields.names_of(keys)
+            try:
+                entries = listing.read_entries(cast(BinaryIO, stream), info.path, names)
+                yield from itertools.islice(entries, _SAMPLED_ROWS)
+            except ValueError as error:
+                yield error
+
+    given = list(_of_readable(infos, read))
+    rows = [one for one in given if not isinstance(one, ValueError)]
+    for error in given:
+        if isinstance(error, ValueError) and not rows:
+            raise error
     return [listing.infer_types(rows, pattern, keys)] if rows else []

@@ -56,6 +56,9 @@ def infer_types(schema: pa.Schema, path: str, keys: ExampleKeys) -> ExampleTypes
     Raises ValueError, one line, for a column that is not there (but the default label, which is
     null then), and for one whose type cannot be used.
     """
+    for column in filter(None, (keys.image, keys.id, keys.label, *keys.columns)):
+        if (times := schema.names.count(column)) > 1:
+            raise ValueError(f"{path}: has {times} columns {column!r}; which is meant?")
     _check_image(schema, path, keys.image)
     for flag, name in (("id_key", keys.id), ("label_key", keys.label)):
         if name and name not in schema.names and (flag, name) != ("label_key", DEFAULT_LABEL):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from formats.records import DUPLICATE
 from storage import files
 from storage.errors import RequestError
 
+_SHOWN = re.compile(r"\\x([89a-f][0-9a-f])")  # as `formats.records.utf8` escapes a byte
 _DATA = re.compile(rf"({FEATURES}|{FAILURES})/part-[^/]*\.parquet")
 
 
@@ -103,9 +105,18 @@ def _rows(
                 yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
+def path_of(source: str) -> str:
+    """Where the file lies that rows call `source`, which shows bytes that are no UTF-8."""
+    if files.is_remote(source) or not _SHOWN.search(source) or os.path.lexists(source):
+        return source
+    path = _SHOWN.sub(lambda byte: os.fsdecode(bytes.fromhex(byte[1])), source)
+    return path if os.path.lexists(path) else source
+
+
 def listed(source: str) -> files.FileInfo | None:
     """The file at `source` as it lies there now; None where there is none. Raises OSError."""
     if "://" in source and not source.startswith(("gs://", "s3://")):
         return None
-    found = next(files.find(source), None)
-    return found if found and found.path == source else None
+    path = path_of(source)
+    found = next(files.find(path), None)
+    return found if found and found.path == path else None

@@ -68,6 +68,12 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts])
 
 
+def above_glob(pattern: str) -> str:
+    """The folder below which all that `pattern` may match lies; itself where it is no glob."""
+    glob_free = _GLOB.split(pattern, maxsplit=1)[0]
+    return pattern if glob_free == pattern else glob_free.rpartition("/")[0]
+
+
 def _beam() -> Any:
     from apache_beam.io.filesystems import FileSystems
 
@@ -180,15 +186,25 @@ def _matches(folder: str, parts: Sequence[str], entered: set[tuple[int, int]]) -
 
 
 def _walk(folder: str) -> Iterator[str]:
-    entered: set[tuple[int, int]] = set()  # links between folders may form a ring
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in entered:
-            folders.clear()
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(names) if not _hidden(name))
+    """The files below `folder`, each folder of them once: by its own name before any link's.
+
+    Links may form a ring, and one that is pointed elsewhere later must not rename what stays.
+    """
+    entered: set[tuple[int, int]] = set()
+    linked = [folder]
+    for start in linked:
+        for parent, folders, names in os.walk(start, onerror=_raise):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in entered:
+                folders.clear()
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            folders.sort()
+            paths = {name: os.path.join(parent, name) for name in folders}
+            links = [name for name, path in paths.items() if os.path.islink(path)]
+            linked += [paths[name] for name in links]
+            folders[:] = [name for name in folders if name not in links]
+            yield from (os.path.join(parent, name) for name in sorted(names) if not _hidden(name))
 
 
 def _raise(error: OSError) -> None:

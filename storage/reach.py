@@ -86,4 +86,5 @@ def check(path: str) -> None:
     what is asked of it next, which knows its flag.
     """
     with contextlib.suppress(OSError):
-        soon(path, lambda: files.occupied(path))
+        folder = files.above_glob(path)
+        soon(folder, lambda: files.occupied(folder))

@@ -56,8 +56,9 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
 class SteadyStream(io.RawIOBase):
     """`path` as a stream that opens it again, at the byte it had come to, where reading fails.
 
-    `size` is what it was listed with. A `read` gives fewer bytes than asked for only at the end; a
-    file that ends before `size`, however often it is tried, ends there. Other lasting errors are
+    `size` is what it was listed with; what has been added since is not read. A `read` gives fewer
+    bytes than asked for only at the end; a file that ends before `size`, however often it is
+    tried, ends there. Other lasting errors are
     raised as OSError and stand in `error`. Opens nothing before the first read.
     """
 
@@ -73,7 +74,8 @@ class SteadyStream(io.RawIOBase):
 
     def read(self, count: int | None = -1) -> bytes:
         """The next `count` bytes, all that are left for -1."""
-        missing = max(self._size - self._at, 0) if count is None or count < 0 else count
+        missing = max(self._size - self._at, 0)
+        missing = missing if count is None or count < 0 else min(count, missing)
         parts = []
         while missing and not self._cut:
             try:

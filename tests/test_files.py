@@ -162,7 +162,22 @@ def test_find_follows_links_but_not_in_a_ring(tmp_path):
     (inside / "sub" / "ring").symlink_to(inside)
     (inside / "link").symlink_to(outside)
     (inside / "gone").symlink_to(tmp_path / "nothing")
-    assert found(inside) == ["a.jpg", "link/c.jpg", "sub/b.jpg"]
+    assert found(inside) == ["a.jpg", "sub/b.jpg", "link/c.jpg"]
+
+
+def test_a_folder_goes_by_its_own_name_whatever_links_lead_there(tmp_path):
+    """Or rows would be of another folder's pictures once the link is pointed elsewhere."""
+    for name in ("v2", "v3"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x").write_bytes(b"")
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "y").write_bytes(b"")
+    (tmp_path / "in" / "aside").symlink_to(tmp_path / "apart")
+    for target in ("v2", "v3"):
+        (tmp_path / "in" / "current").unlink(missing_ok=True)
+        (tmp_path / "in" / "current").symlink_to(target)
+        found = [info.path for info in files.find(str(tmp_path / "in"))]
+        assert found == [f"{tmp_path}/in/{name}" for name in ("v2/x", "v3/x", "aside/y")]
 
 
 def test_find_passes_over_what_is_no_regular_file(tmp_path):

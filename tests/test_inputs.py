@@ -29,7 +29,7 @@ from formats.inputs import (
 from formats.listing import Entry
 from formats.tfrecord import Damage, write_record
 from storage import files
-from storage.errors import RequestError
+from storage.errors import RequestError, RunError
 
 JPEG = b"\xff\xd8\xff\xe0 something"
 
@@ -121,7 +121,7 @@ def names(unit):
 )
 def test_detection(tmp_path, contents, expected):
     sources, _ = survey([write(tmp_path, **contents)], "auto", allow_empty=True)
-    assert sources == [Source(str(tmp_path), expected)]
+    assert [(source.pattern, source.format) for source in sources] == [(str(tmp_path), expected)]
 
 
 def test_detection_looks_at_each_pattern_by_itself(tmp_path):
@@ -169,6 +169,29 @@ def test_one_of_several_that_cannot_be_read_says_nothing_of_the_rest(tmp_path, m
     monkeypatch.setattr(files, "open_read", refuse)
     sources, _ = survey([write(tmp_path, a=JPEG, b=JPEG)], "auto", allow_empty=False)
     assert sources[0].format == IMAGES
+
+
+def test_a_file_that_cannot_be_read_makes_no_pictures_of_tfrecords(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(TWO)
+    refuse(monkeypatch, tmp_path / "b")
+    (source,), _ = survey([str(tmp_path)], "auto", allow_empty=False)
+    assert source.format == TFRECORD
+    for name in ("a", "c"):
+        refuse(monkeypatch, tmp_path / name)
+    (source,), _ = survey([str(tmp_path)], "auto", allow_empty=False)
+    assert source.format == IMAGES
+
+
+def refuse(monkeypatch, path):
+    open_read = files.open_read
+
+    def opened(asked):
+        if asked == str(path):
+            raise PermissionError(asked)
+        return open_read(asked)
+
+    monkeypatch.setattr(files, "open_read", opened)
 
 
 def test_many_files_of_one_name_are_known_by_the_first(tmp_path, monkeypatch):
@@ -321,6 +344,21 @@ def test_limit_counts_a_container_that_cannot_be_read_as_one(tmp_path, monkeypat
     assert [(names(u), u.limit) for u in units] == [(["a"], None), (["b"], 1), (["c"], 1)]
 
 
+def test_what_had_files_and_has_none_any_more_is_no_empty_run(tmp_path, monkeypatch):
+    """As where a worker has another disk, or this one's is gone since the run was planned."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(JPEG)
+    monkeypatch.chdir(tmp_path)
+    sources, _ = survey(["in/*.jpg"], "auto", allow_empty=False)
+    monkeypatch.chdir("/")
+    assert [unit.files[0].path for unit in list_units(sources, None)] == [f"{tmp_path}/in/a.jpg"]
+    (tmp_path / "in" / "a.jpg").unlink()
+    with pytest.raises(RunError, match=r"in/.*jpg: had files when the run was planned, and has no"):
+        list(list_units(sources, None))
+    sources, _ = survey(["in/*.jpg"], "auto", allow_empty=True)
+    assert list(list_units(sources, None)) == []
+
+
 def test_sources_that_match_nothing_give_no_units(tmp_path):
     assert list(list_units([Source(str(tmp_path / "no"), TFRECORD)], None)) == []
     assert list(list_units([Source(str(tmp_path / "no"), IMAGES)], 5)) == []
@@ -346,6 +384,13 @@ def test_sample_takes_the_first_records_of_containers_alone(tmp_path):
     assert sample(sources, 4) == [b"record %d" % n for n in range(4)]
     assert sample(sources, 99) == [b"record %d" % n for n in range(6)]
     assert sample(sources[:1], 9) == []
+
+
+def test_a_sample_of_large_records_is_a_small_one(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(framed(5))
+    monkeypatch.setattr(inputs, "_SAMPLED_BYTES", 2 * len(b"record 0"))
+    source = Source(str(tmp_path / "a"), TFRECORD)
+    assert sample([source], 9) == [b"record 0", b"record 1"]
 
 
 def test_one_type_a_run_over_inputs_of_several_formats(tmp_path):
@@ -386,6 +431,28 @@ def test_one_type_a_run_over_the_tables_of_one_input(tmp_path):
     )
     with pytest.raises(ValueError, match=r"--columns m: no such column in .*/a\.parquet"):
         infer_types(sources, ExampleKeys("image", None, "label", ("m",)), 9)
+
+
+def test_a_list_with_a_wrong_header_among_others_is_a_failure_of_its_own(tmp_path):
+    for number, header in enumerate(("uri,label", "url,label", "uri,label")):
+        (tmp_path / f"{number}.csv").write_text(f"{header}\na.jpg,3\n")
+    sources, _ = survey([str(tmp_path)], "auto", allow_empty=False)
+    keys = ExampleKeys(label="label")
+    assert infer_types(sources, keys, 10) == ExampleTypes(pa.int64(), {})
+    entries = [entry for unit in list_units(sources, None, keys) for entry in unit.entries]
+    assert [entry.wrong and entry.wrong[0] for entry in entries] == [None, "NoManifest", None]
+    for number in (0, 2):
+        (tmp_path / f"{number}.csv").unlink()
+    with pytest.raises(ValueError, match="names images in a column 'uri'; it has url, label"):
+        infer_types(sources, keys, 10)
+
+
+def test_a_column_that_stands_twice_is_a_wrong_request(tmp_path):
+    twice = pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"y"])], names=["image", "image"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    sources, _ = survey([str(tmp_path)], "auto", allow_empty=False)
+    with pytest.raises(ValueError, match=r"a\.parquet: has 2 columns 'image'; which is meant"):
+        infer_types(sources, ExampleKeys(image="image"), 10)
 
 
 def test_each_input_is_sampled_for_types(tmp_path):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import servers
 
-from storage import reach
+from storage import files, reach
 from storage.errors import RequestError
 
 
@@ -22,6 +22,23 @@ def test_what_a_store_says_is_passed_on():
     assert reach.soon("gs://b/a", lambda: 7) == 7
     with pytest.raises(PermissionError, match="not yours"):
         reach.soon("gs://b/a", lambda: (_ for _ in ()).throw(PermissionError("not yours")))
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("gs://b/photos/2026/*.jpg", "gs://b/photos/2026"),
+        ("gs://b/[ab]/x", "gs://b"),
+        ("s3://b/photos", "s3://b/photos"),
+        ("s3://b/**", "s3://b"),
+    ],
+)
+def test_a_glob_is_asked_for_no_further_than_its_folder(monkeypatch, path, asked):
+    """Nothing would match its own name, and a million objects be listed in vain."""
+    found = []
+    monkeypatch.setattr(files, "occupied", found.append)
+    reach.check(path)
+    assert found == [asked]
 
 
 def test_a_store_that_never_answers(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from formats.dataset import publish
 from formats.example import ExampleKeys, serialize_example
 from formats.inputs import Source, infer_types, list_units, survey
 from formats.parts import FAILURES, FEATURES, PartWriter
-from formats.records import Failure, Features, ImageRecord, ImageRef
+from formats.records import Failure, Features, ImageRecord, ImageRef, utf8
 from formats.table import TableSpec
 from formats.tfrecord import write_record
 from storage import files
@@ -112,6 +113,15 @@ def test_an_id_that_is_anothers_is_not_tried_again(tmp_path):
         survey([out], "failures", allow_empty=False)
     sources, _ = survey([out], "failures", allow_empty=True)
     assert list(list_units(sources, None)) == []
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"a\\xe9.jpg"])
+def test_a_name_that_is_no_utf8_is_found_again(tmp_path, name):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    Path(path).write_bytes(b"picture")
+    shown = utf8(path)
+    out = output_of(tmp_path / "out", [(shown, shown, None, "decode", "CorruptImage")])
+    assert again(out) == [shown]
 
 
 def test_an_archive_among_pictures_is_no_container(tmp_path):

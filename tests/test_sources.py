@@ -333,7 +333,7 @@ def test_every_image_of_every_format_ends_in_one_place(tmp_path):
 
 
 def test_nothing_is_lost_or_doubled_on_a_store_that_fails_now_and_then(tmp_path, monkeypatch):
-    """An error at every third opening and every fifth read of a file.
+    """An error at every third opening and every fourth read of a file.
 
     So never at three in a row, after which reading gives up, whatever the threads' turns.
     """
@@ -350,7 +350,7 @@ def test_nothing_is_lost_or_doubled_on_a_store_that_fails_now_and_then(tmp_path,
 
     class Flaky(io.FileIO):
         def read(self, size=-1):
-            now_and_then(reads, self.name, 5)
+            now_and_then(reads, self.name, 4)
             return super().read(size)
 
     def open_flaky(path):
@@ -493,9 +493,37 @@ def test_finished_knows_places_of_images_without_an_id():
     assert record("file", None, "file") in finished
     assert not any(record(*place) in finished for place in places)  # with an id
     assert Failure("file", "file", None, "read", "E", "m") in finished
-    assert Failure("s1@99", "s1", 1, "read", "E", "m") in finished  # damage to a known record
+    assert Failure("s1@99", "s1", 1, "read", "BadChecksum", "m") in finished  # to a known record
+    assert Failure("s1@99", "s1", 1, "read", "TruncatedRecord", "m") not in finished
     for source, index in [("s0", 1), ("file", 0), ("file\nNone", None), ("s7", 7)]:
         assert at(source, index) not in finished
+
+
+def test_what_hides_others_is_told_though_its_own_record_is_finished(tmp_path):
+    """A file that is there anew, longer, and cut inside a record that an earlier run published."""
+    path = write(tmp_path / "a", framed(*(example(n) for n in range(9)))[:-10])
+    finished = str(tmp_path / "f")
+    Finished.write(finished, b"".join(key_digest(f"{path}#{n}") for n in range(9)))
+    images, failures, skipped = run([Source(path, TFRECORD)], finished=finished)
+    assert (images, skipped) == ([], 8)
+    (failure,) = failures
+    assert (failure.error_class, failure.record_index) == ("TruncatedRecord", None)  # and no row's
+    Finished.write(finished, key_digest(failure.key))
+    assert run([Source(path, TFRECORD)], finished=finished)[1] == []  # when it is known itself
+    Finished.write(finished, key_digest("none"))
+    (failure,) = run([Source(path, TFRECORD)], finished=finished)[1]
+    assert failure.record_index == 8
+
+
+def test_a_record_that_is_damaged_hides_no_missing_ones(tmp_path):
+    data = bytearray(framed(*(example(n) for n in range(6))))
+    data[20] ^= 1
+    path = write(tmp_path / "a", bytes(data))
+    how = Reading(counts={path: 10}, max_image_bytes=100)
+    assert [item.error_class for item in read(path, how) if isinstance(item, Failure)] == [
+        "BadChecksum",
+        "MissingRecords",
+    ]
 
 
 def test_finished_knows_published_keys(tmp_path):

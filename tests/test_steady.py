@@ -210,6 +210,14 @@ def test_a_stream_that_ends_early_is_tried_again(store):
     assert healed.read() == DATA[3000:]
 
 
+def test_what_is_added_to_a_file_is_not_read(store):
+    """Half of a record that is being added would look like damage."""
+    stream = SteadyStream("/a", 3000)
+    assert stream.read(2990) == DATA[:2990]
+    assert stream.read(100) == DATA[2990:3000]
+    assert stream.read(1) == stream.read() == b""
+
+
 def test_a_stream_can_be_sought_and_wrapped(store):
     stream = SteadyStream("/a", 5000)
     assert stream.seek(-10, io.SEEK_END) == 4990

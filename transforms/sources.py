@@ -198,10 +198,9 @@ def _walk(
         ):
             found = item.index + 1
             awaited.pop(item.index, None)
-            if isinstance(item, tfrecord.Damage):
-                whole = False
-                if item.error_class not in containers.OF_ONE_RECORD:  # it tells of what it hides
-                    awaited = {at: key for at, key in awaited.items() if at < item.index}
+            if isinstance(item, tfrecord.Damage) and containers.hides_more(item.error_class):
+                whole = False  # it tells of what it hides
+                awaited = {at: key for at, key in awaited.items() if at < item.index}
             yield _damaged(item, source, how) if isinstance(item, tfrecord.Damage) else item
         for index in sorted(awaited):
             yield _missing(ImageRef(awaited[index], source, index), how)
@@ -283,8 +282,17 @@ class Finished:
             return False
         at = item if isinstance(item, Failure) else item.ref
         damaged = at.key.startswith(f"{at.source}@")
+        if damaged and isinstance(item, Failure) and _hides_more(item):
+            return self._has(at.key, at.source, at.record_index)  # other than its place's record
         has_id = not damaged and at.key != place_key(at.source, at.record_index)
         return self.holds(at.key, at.source, at.record_index, has_id)
+
+    def apart(self, failure: Failure) -> Failure:
+        """`failure`, at no record's place where that record is finished, and it hides others."""
+        source, index = failure.source, failure.record_index
+        if self._finished and _hides_more(failure) and self.holds(failure.key, source, index):
+            return dataclasses.replace(failure, record_index=None)
+        return failure
 
     def holds(self, key: str, source: str, index: int | None, has_id: bool = False) -> bool:
         """Whether the image of this key at this place is finished.
@@ -295,11 +303,17 @@ class Finished:
         if not has_id and place_digest(source, index) in self._finished:
             return True
         keys = {key} if has_id else {key, place_key(source, index)}
-        return any(
-            key_digest(name) in self._finished
-            or image_digest(name, source, index) in self._finished
-            for name in keys
-        )
+        return any(self._has(name, source, index) for name in keys)
+
+    def _has(self, key: str, source: str, index: int | None) -> bool:
+        at = image_digest(key, source, index)
+        return key_digest(key) in self._finished or at in self._finished
+
+
+def _hides_more(failure: Failure) -> bool:
+    """Whether it is of a damaged place behind which other records may lie."""
+    damaged = failure.key.startswith(f"{failure.source}@")
+    return damaged and containers.hides_more(failure.error_class)
 
 
 @functools.lru_cache(1)  # one for all threads of a worker
@@ -329,7 +343,7 @@ class _ReadUnits(beam.DoFn):
                 skipped += 1
             elif isinstance(item, Failure):
                 inc_counter("ReadImages", "failures")
-                yield beam.pvalue.TaggedOutput("failures", item)
+                yield beam.pvalue.TaggedOutput("failures", self._finished.apart(item))
             else:
                 inc_counter("ReadImages", "images")
                 inc_counter("ReadImages", "bytes", len(item.data))
