@@ -207,14 +207,15 @@ class Options:
         "float32",
         "arithmetic of the model",
         choices=("float32", "bfloat16"),
-        why="equal to the published networks; bfloat16 is about 1 % off and faster on GPUs and on "
-        "CPUs with AMX or AMD's AVX-512 BF16; any other CPU stays in float32, and the job says so",
+        why="equal to TF-Slim's networks; bfloat16 is about 1 % off and faster on CPUs with AMX or "
+        "AMD's AVX-512 BF16, and for large networks on GPUs; any other CPU stays in float32, and "
+        "the job says so",
     )
     engine: str = knob(
         "tensorflow",
         "what computes the model; openvino, on CPUs, needs the extra [openvino]",
         choices=("tensorflow", "openvino"),
-        why="equal to the published networks on any device; openvino is within 1e-5 of it in "
+        why="equal to TF-Slim's networks on any device; openvino is within 1e-5 of it in "
         "float32, and faster on some CPUs",
     )
     inference_threads: int | None = knob(
@@ -222,7 +223,8 @@ class Options:
         "batches that run at once, on one CPU thread each",
         metavar="N",
         type=int,
-        why="none: one for each core of a CPU, 2 on a GPU; fewer where processes share the cores",
+        why="none: one for each core of a CPU, 2 on a GPU; give fewer where several processes "
+        "share the cores",
     )
     batch_size: int | None = knob(
         None,

@@ -23,7 +23,8 @@ def parser() -> OneLineParser:
     result = OneLineParser(prog="python -m pipeline.workers", allow_abbrev=False)
     result.add_argument("--host", default="localhost", help="address to listen on")
     result.add_argument("--port", type=int, required=True, help="port to listen on; 0: any")
-    result.add_argument("--cores_each", type=int, help="pin each worker to so many cores, in turn")
+    pinned = "pin each worker to so many cores, of those that the fewest have"
+    result.add_argument("--cores_each", type=int, help=pinned)
     return result
 
 
