@@ -1,7 +1,7 @@
 """Where a run's time went: sums that add up across bundles and workers, and what they advise.
 
-A thread that carries images through the steps reads, waits for decoded pictures, runs the model,
-and does the rest (writing above all); decoding goes on beside it.
+A thread that carries images through the steps reads, waits for decoded pictures, hands them to the
+model, and does the rest (writing above all); decoding and the model go on beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Timing:
     `batches` held `filled` images in `slots` places; `reused` images had the bytes of another one,
     whose vectors were taken; `retries` are reads of input that were tried again. All else is in
     seconds: `decode` of the threads or processes that decode, the others of the threads that carry
-    images; `carry` is all of their time.
+    images. `carry` is all of their time, `inference` that in which the model ran on pictures of
+    theirs; they `read` and `wait` where it did not.
     """
 
     images: int = 0

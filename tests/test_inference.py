@@ -35,7 +35,7 @@ from transforms.inference import (
 )
 from transforms.lookahead import model_threads
 from transforms.metrics import totals
-from transforms.reuse import Known
+from transforms.reuse import Known, known_in
 
 SIDE = 4
 POISON = 66
@@ -340,14 +340,33 @@ def test_a_call_is_handed_on_when_the_next_one_runs():
     assert list(step.finish_bundle()) == []
 
 
-def test_a_picture_in_two_running_calls_gives_a_row_in_each():
+def test_a_picture_in_two_running_calls_is_computed_once_and_gives_a_row_in_each():
     handler, model = FrozenModelHandler(LoadSpec("/m"), 2), Gate()
-    (first,) = handler.run_inference([image(1, "a")], model)
-    (second,) = handler.run_inference([image(1, "b"), image(POISON, "c")], model)
+    (first,) = handler.run_inference([image(1, "a"), image(POISON, "b")], model)
+    again = [image(POISON, "c"), image(1, "d"), image(3, "e")]
+    (second,) = handler.run_inference(again, model)
     model.open.set()
-    (row, _), (other, bad, _) = first.results(), second.results()
-    assert (row.ref.key, other.ref.key, bad.key) == ("a", "b", "c")
-    assert row.vectors["logits"].tolist() == other.vectors["logits"].tolist()
+    (bad, row, new, told), (other, worse, _) = second.results(), first.results()  # in any order
+    assert (other.ref.key, worse.key, bad.key, row.ref.key, new.ref.key) == tuple("abcde")
+    assert row.vectors["logits"].tolist() == other.vectors["logits"].tolist() == [1, 2]
+    assert (told.filled, told.reused) == (1, 2)
+    assert known_in(handler._run)._running == {}  # nothing is waited for any more
+
+
+def test_a_call_that_failed_is_nobodys_source():
+    handler = FrozenModelHandler(LoadSpec("/m"), 2)
+    (broken,) = handler.run_inference([image(1)], Model(broken=RuntimeError("no kernel")))
+    with pytest.raises(RunError, match="fails on every image"):
+        broken.results()
+    (row, _) = through(handler, [image(1)], Model())
+    assert row.vectors["embedding"].tolist() == [1]
+
+
+def test_a_sampler_that_looks_at_a_call_too_changes_nothing():
+    (call,) = FrozenModelHandler(LoadSpec("/m"), 2).run_inference([image(1)], Model())
+    before = totals()
+    assert call.results() is call.results()
+    assert totals()["ExtractFeatures", "batches"] - before["ExtractFeatures", "batches"] == 1
 
 
 def test_the_models_time_is_told_once_though_calls_overlap():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from storage.errors import RunError
 from transforms.beam_ml import ModelHandler, RunInference
 from transforms.lookahead import model_busy, model_threads
 from transforms.metrics import count_inference, inc_counter
-from transforms.reuse import Known, known_in
+from transforms.reuse import Known, Running, known_in
 
 Vectors = Mapping[str, np.ndarray]
 Results = list[Features | Failure]
@@ -158,8 +159,8 @@ class Call:
     """Images on their way through the model; its batches run from when it is made.
 
     `infer` runs a batch of at most `size` images on one of `lanes`, and tells whether memory made
-    it a smaller one. Of equal encoded bytes the
-    vectors are computed once, and what is `known` not at all.
+    it a smaller one. Of equal encoded bytes the vectors are computed once: what is `known`, or on
+    its way in another call, is taken from there.
     """
 
     def __init__(
@@ -172,28 +173,38 @@ class Call:
     ):
         self._images = images
         self._size = size
-        self._known = known
-        self._vectors = {image.sha256: known.get(image.sha256) for image in images}
-        self._new = {image.sha256: image for image in images if self._vectors[image.sha256] is None}
-        waiting = list(self._new.values())
+        self._found = {image.sha256: known.get(image.sha256) for image in images}
+        self._new = {image.sha256: image for image in images if self._found[image.sha256] is None}
         self._parts = []
         self._busy = busy = model_busy()
-        for at in range(0, len(waiting), size):
+        self._results: list[Features | Failure | Timing] | None = None
+        self._lock = threading.Lock()
+        digests = list(self._new)
+        for at in range(0, len(digests), size):
             busy.begin()
-            part = lanes.submit(infer, waiting[at : at + size])
+            batch = digests[at : at + size]
+            part = lanes.submit(infer, [self._new[sha256] for sha256 in batch])
             part.add_done_callback(lambda _: busy.end())  # no self, whose pixels it would keep
+            known.expect(batch, part)
             self._parts.append(part)
 
     def results(self) -> list[Features | Failure | Timing]:
         """Waits for it. One result an image, in order, and then the Timing of them all."""
+        with self._lock:  # Beam may look at a sample of them, from another thread
+            if self._results is None:
+                self._results = self._awaited()
+            return self._results
+
+    def _awaited(self) -> list[Features | Failure | Timing]:
         parts = [part.result() for part in self._parts]
         if halved := sum(lowered for _, lowered in parts):
             inc_counter("ExtractFeatures", "batch_halvings", halved)
         done = [result for results, _ in parts for result in results]
         computed = dict(zip(self._new, done, strict=True))
-        for sha256, result in computed.items():
-            if isinstance(result, Features):
-                self._known.put(sha256, result.vectors)
+        for sha256, found in self._found.items():
+            if isinstance(found, tuple):
+                elsewhere, at = found
+                computed[sha256] = elsewhere.result()[0][at]
         timing = Timing(
             batches=len(self._parts),
             filled=len(done),
@@ -202,7 +213,7 @@ class Call:
             reused=len(self._images) - len(done),
         )
         count_inference(timing)
-        return [*(_like(image, self._vectors, computed) for image in self._images), timing]
+        return [*(_like(image, self._found, computed) for image in self._images), timing]
 
 
 _ROWS = beam.coders.FastPrimitivesCoder()  # as of all rows between steps
@@ -303,6 +314,10 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Call, LoadedModel]):
             self._batch_size = min(self._batch_size, allowed)
         return results, lowered
 
+    def override_metrics(self, metrics_namespace: str | None = None) -> bool:
+        """Yes: Beam's own would take handing a call over for running it."""
+        return True
+
     def get_num_bytes(self, batch: Sequence[DecodedImage]) -> int:
         """Bytes of pixels. Beam's default pickles the whole batch to learn it."""
         return sum(image.pixels.nbytes for image in batch)
@@ -314,7 +329,7 @@ class FrozenModelHandler(ModelHandler[DecodedImage, Call, LoadedModel]):
 
 def _like(
     image: DecodedImage,
-    known: Mapping[str, Vectors | None],
+    known: Mapping[str, Vectors | Running | None],
     computed: Mapping[str, Features | Failure],
 ) -> Features | Failure:
     """The result of `image`, which its own bytes or equal ones gave."""
@@ -327,7 +342,7 @@ def _like(
         )
     if result is not None:
         vectors = result.vectors
-    assert vectors is not None
+    assert isinstance(vectors, Mapping)
     return Features(image.ref, image.sha256, image.width, image.height, vectors)
 
 

@@ -58,7 +58,7 @@ def count_decoding(timing: Timing, seconds: Sequence[float]) -> None:
 
 
 def count_inference(timing: Timing) -> None:
-    """Add what some batches that ran at once took to the metrics of ExtractFeatures."""
+    """Add what a call's batches took beyond the calls before to the metrics of ExtractFeatures."""
     _distribution("ExtractFeatures", "inference_ms").update(round(1000 * timing.inference))
     counts = {
         "batches": timing.batches,
