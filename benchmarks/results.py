@@ -52,8 +52,9 @@ def circumstances(cores: int | None = None) -> dict[str, Any]:
     model = "{model name}, family {cpu family} model {model}"
     model = model.format(**cpu) if "cpu family" in cpu else platform.machine()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
-    git = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--", ".", ":!docs"):  # where figures are written meanwhile
+        commit += ", changed"
     return {
         "cores": cores or len(os.sched_getaffinity(0)),
         "machine": f"{model}, {memory:.0f} GiB",
@@ -64,6 +65,12 @@ def circumstances(cores: int | None = None) -> dict[str, Any]:
         "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "load": round(load(), 1),
     }
+
+
+def _git(*request: str) -> str:
+    return subprocess.run(
+        ["git", *request], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -120,11 +120,14 @@ def _tells_by_name(path: str) -> bool:
 
 
 def _all_tfrecords(telling: Sequence[FileInfo]) -> bool:
-    found = False
+    found, unreadable = False, 0
     for info in telling:
         if not tfrecord.looks_like_tfrecord_name(info.path):
             head = _head(info)
             if head is None:
+                unreadable += 1
+                if unreadable > _HEADS:  # each may be tried for seconds
+                    return False
                 continue
             if not tfrecord.is_tfrecord(head):
                 return False
@@ -565,6 +568,7 @@ def _parquet_types(infos: Iterable[FileInfo], keys: ExampleKeys) -> list[Example
         with SteadyStream(info.path, info.size) as stream:
             schema = parquet.read_schema(cast(BinaryIO, stream))
         if schema is not None:
+            parquet.check_once(schema, info.path, keys)
             try:
                 yield parquet.infer_types(schema, info.path, keys)
             except ValueError as error:

@@ -56,9 +56,6 @@ def infer_types(schema: pa.Schema, path: str, keys: ExampleKeys) -> ExampleTypes
     Raises ValueError, one line, for a column that is not there (but the default label, which is
     null then), and for one whose type cannot be used.
     """
-    for column in filter(None, (keys.image, keys.id, keys.label, *keys.columns)):
-        if (times := schema.names.count(column)) > 1:
-            raise ValueError(f"{path}: has {times} columns {column!r}; which is meant?")
     _check_image(schema, path, keys.image)
     for flag, name in (("id_key", keys.id), ("label_key", keys.label)):
         if name and name not in schema.names and (flag, name) != ("label_key", DEFAULT_LABEL):
@@ -81,6 +78,15 @@ def infer_types(schema: pa.Schema, path: str, keys: ExampleKeys) -> ExampleTypes
                 f"--columns {name}: the column is {inner}; scalars and lists of them can be carried"
             )
     return ExampleTypes(label, columns)
+
+
+def check_once(schema: pa.Schema, path: str, keys: ExampleKeys) -> None:
+    """Raise ValueError, one line, where a name that is asked for stands twice: rows would be of
+    either column.
+    """
+    for column in filter(None, (keys.image, keys.id, keys.label, *keys.columns)):
+        if (times := schema.names.count(column)) > 1:
+            raise ValueError(f"{path}: has {times} columns {column!r}; which is meant?")
 
 
 def _check_image(schema: pa.Schema, path: str, name: str) -> None:

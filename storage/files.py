@@ -111,7 +111,8 @@ def configure_stores(beam_args: Sequence[str]) -> None:
 
 
 def find(pattern: str) -> Iterator[FileInfo]:
-    """The files that `pattern` stands for, each once, in the order of their names.
+    """The files that `pattern` stands for, each once: in the order of their names, and what links
+    below a directory lead to behind the rest.
 
     A file stands for itself, a directory for every regular file below it whose own name does not
     start with `.` or `_`, a glob for the files and directories that it matches; on a store, for the
@@ -201,8 +202,8 @@ def _walk(folder: str) -> Iterator[str]:
             entered.add((status.st_dev, status.st_ino))
             folders.sort()
             paths = {name: os.path.join(parent, name) for name in folders}
-            links = [name for name, path in paths.items() if os.path.islink(path)]
-            linked += [paths[name] for name in links]
+            links = {name for name, path in paths.items() if os.path.islink(path)}
+            linked += [paths[name] for name in folders if name in links]
             folders[:] = [name for name in folders if name not in links]
             yield from (os.path.join(parent, name) for name in sorted(names) if not _hidden(name))
 

@@ -1,6 +1,7 @@
 """The benchmarks' bookkeeping: processes, results, tables. Nothing here measures speed."""
 
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -93,6 +94,24 @@ def test_runs_add_up_on_disk_until_fresh_ones_replace_them(tmp_path):
         "ours": [3],
         "rival": [4],
     }
+
+
+def test_code_that_is_in_no_commit_is_told(monkeypatch, tmp_path):
+    def git(*request):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *request], check=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in ("code.py", "docs/performance.json"):
+        (tmp_path / name).write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "All")
+    (tmp_path / "docs/performance.json").write_text("after")
+    assert re.fullmatch("[0-9a-f]+", results.circumstances()["commit"])
+    (tmp_path / "code.py").write_text("after")
+    assert results.circumstances()["commit"].endswith(", changed")
 
 
 def test_a_table_replaces_its_own_part_of_the_page_alone(tmp_path, capsys):

@@ -685,6 +685,42 @@ def test_a_cut_between_records_is_told_where_a_count_is_known(tmp_path, job):
     assert_true_manifest(again)
 
 
+def test_damage_behind_which_new_records_lie_is_told_when_resuming(tmp_path, job, monkeypatch):
+    """A file uploaded anew with more records, and cut inside one that is published already."""
+    examples = [{"image/encoded": data} for data in different(5).values()]
+    folder = tmp_path / "set"
+    path = write_tfrecord(folder / "data.tfrecord", examples[:3])
+    assert job(folder).line["features"] == 3
+    whole = Path(write_tfrecord(path, examples)).read_bytes()
+    third = len(Path(write_tfrecord(path, examples[:3])).read_bytes())
+    Path(path).write_bytes(whole[: third - 20])
+    flags = {"if_exists": "resume", "max_failure_rate": 1}
+    ran = job(folder, **flags)
+    assert (ran.line["skipped"], ran.line["failures"]) == (2, 1)
+    (row,) = ran.rows("failures").values()
+    assert (row["error_class"], row["record_index"]) == ("TruncatedRecord", None)
+    again = job(folder, **flags)
+    assert (again.line["skipped"], again.line["failures"]) == (3, 0)  # it is known
+    open_read = files.open_read
+
+    def refused(asked):
+        if asked == str(path):
+            raise PermissionError(asked)
+        return open_read(asked)
+
+    monkeypatch.setattr(files, "open_read", refused)
+    other = write_tfrecord(folder / "other.tfrecord", examples[:1])
+    ran = job(folder, **flags)
+    assert ran.line["failures"] == 1  # which damage at a place of its own does not answer for
+    assert ran.rows("failures")[str(path)]["error_class"] == "PermissionError"
+    monkeypatch.setattr(files, "open_read", open_read)
+    write_tfrecord(path, examples)
+    ran = job(folder, retry_failures=True, **flags)
+    assert sorted(ran.rows("features")) == [*(f"{path}#{n}" for n in range(5)), f"{other}#0"]
+    assert ran.rows("failures") == {}
+    assert_true_manifest(ran)
+
+
 # --- what is there already ---------------------------------------------------------------------
 
 
@@ -950,7 +986,7 @@ def test_equal_pictures_have_equal_rows_and_are_computed_once(tmp_path, job):
     alone = job(write_pictures(tmp_path / "in", pictures), output=tmp_path / "alone")
     twins = {f"twin/{name}": data for name, data in pictures.items()}
     write_pictures(tmp_path / "in", twins)
-    both = job(tmp_path / "in")
+    both = job(tmp_path / "in", batch_size=2)
     assert (both.line["features"], both.manifest["timing"]["reused"]) == (10, 5)
     assert alone.manifest["timing"]["reused"] == 0
     for key, row in alone.rows("features").items():

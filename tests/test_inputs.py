@@ -181,6 +181,17 @@ def test_a_file_that_cannot_be_read_makes_no_pictures_of_tfrecords(tmp_path, mon
         refuse(monkeypatch, tmp_path / name)
     (source,), _ = survey([str(tmp_path)], "auto", allow_empty=False)
     assert source.format == IMAGES
+    for number in range(100):
+        (tmp_path / f"d{number}").write_bytes(TWO)
+    asked = []
+
+    def refused(path):
+        asked.append(path)
+        raise PermissionError(path)
+
+    monkeypatch.setattr(files, "open_read", refused)
+    (source,), _ = survey([str(tmp_path)], "auto", allow_empty=False)
+    assert (source.format, len(asked)) == (IMAGES, 17)
 
 
 def refuse(monkeypatch, path):
@@ -450,6 +461,7 @@ def test_a_list_with_a_wrong_header_among_others_is_a_failure_of_its_own(tmp_pat
 def test_a_column_that_stands_twice_is_a_wrong_request(tmp_path):
     twice = pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"y"])], names=["image", "image"])
     pq.write_table(twice, tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(TABLE)
     sources, _ = survey([str(tmp_path)], "auto", allow_empty=False)
     with pytest.raises(ValueError, match=r"a\.parquet: has 2 columns 'image'; which is meant"):
         infer_types(sources, ExampleKeys(image="image"), 10)
