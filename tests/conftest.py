@@ -13,6 +13,7 @@ import exports
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, settings
 
 import models.runtime  # noqa: F401  TensorFlow as the job has it, before a test file imports it
 from pipeline import extract
@@ -27,6 +28,11 @@ os.environ.update(
     GCE_METADATA_IP="127.0.0.1:9",
     NO_GCE_CHECK="true",
 )
+
+
+# A loaded machine is no fault of the code.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

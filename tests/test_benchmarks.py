@@ -1,5 +1,6 @@
 """The benchmarks' bookkeeping: processes, results, tables. Nothing here measures speed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -28,10 +29,14 @@ from formats import image
 
 SPAWNS = """
 import json, subprocess, sys, time
-child = "x = bytearray(200 << 20); import time; time.sleep(3)"
-children = [subprocess.Popen([sys.executable, "-c", child]) for _ in range(3)]
+child = "x = bytearray(200 << 20); print(flush=True); input()"
+piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+children = [subprocess.Popen([sys.executable, "-c", child], **piped) for _ in range(3)]
 for one in children:
-    one.wait()
+    one.stdout.readline()
+time.sleep(3)
+for one in children:
+    one.communicate(b"\\n")
 print("chatter")
 print(json.dumps({"images": 3, "first_at": time.time()}))
 """
@@ -47,11 +52,10 @@ def test_a_process_is_measured_with_what_it_starts():
 
 LEAVES_ONE_BEHIND = """
 import os, subprocess, sys, time
-child = "import time\\nwhile time.process_time() < 1.5: pass\\ntime.sleep(5)"
-subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.DEVNULL)
-start = time.time()
-while time.time() < start + 4:
-    time.sleep(0.1)
+child = "import time\\nwhile time.process_time() < 1.5: pass\\nprint(flush=True)\\ntime.sleep(9)"
+one = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+one.stdout.readline()
+time.sleep(2)
 print("{}", flush=True)
 os._exit(0)
 """
@@ -100,6 +104,9 @@ def test_code_that_is_in_no_commit_is_told(monkeypatch, tmp_path):
     def git(*request):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *request], check=True)
 
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -381,7 +382,7 @@ def test_an_upload_to_s3_that_fails_half_way_is_never_completed(store, monkeypat
 
 def test_deletions_that_a_store_refuses_for_a_moment_are_tried_again(store, monkeypatch):
     waits = []
-    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=waits.append))
     delete = store.delete
 
     def refusing(paths):

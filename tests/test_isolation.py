@@ -243,7 +243,7 @@ import crashing, pictures
 from formats.image import Preprocessing
 from formats.isolation import DecodeProcesses, Limits
 
-processes = DecodeProcesses(Preprocessing(24), Limits(1, 128 << 20), crashing.decode_image)
+processes = DecodeProcesses(Preprocessing(24), Limits(5, 128 << 20), crashing.decode_image)
 picture = pictures.jpeg(64, 48)
 processes.decode(picture)
 print(processes._server._process.pid, flush=True)
@@ -268,7 +268,7 @@ def test_a_job_that_was_frozen_loses_no_picture():
         time.sleep(0.1)
         job.send_signal(signal.SIGSTOP)
         os.killpg(decoders, signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(6)
         os.killpg(decoders, signal.SIGCONT)
         job.send_signal(signal.SIGCONT)
         assert job.stdout.read() == "(64, 48)\n"

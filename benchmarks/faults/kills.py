@@ -119,6 +119,13 @@ def phase_of(calm: Calm, output: Path) -> str:
     return "reading and writing" if written < calm.parts else "commit, before the manifest"
 
 
+def _own_end(code: int) -> int:
+    """`code`, the exit status of a kill or a whole run; RuntimeError for any other."""
+    if code > 0:
+        raise RuntimeError(f"a run that nothing disturbed ended with {code}")
+    return code
+
+
 def killed(world: World, calm: Calm) -> Row:
     """kill -9, in every second trial the run that resumes too, then --if_exists resume."""
     phases: Counter[str] = Counter()
@@ -130,7 +137,7 @@ def killed(world: World, calm: Calm) -> Row:
             process = start(output=output, if_exists="resume", **calm.flags)
             wait_for(world, calm, process, output)
             process.kill()
-            ended = finish(process).code
+            ended = _own_end(finish(process).code)
         phases[phase_of(calm, output)] += 1
         if turn % 2:  # the run that goes on is killed too
             process = start(output=output, if_exists="resume", **calm.flags)
@@ -212,7 +219,7 @@ def interrupted(world: World, calm: Calm, number: signal.Signals) -> Row:
         process = start(env, output=output, **calm.flags)
         wait_for(world, calm, process, output)
         if process.poll() is not None:
-            process.communicate()
+            _own_end(finish(process).code)
             continue  # it was done before
         tries += 1
         begun = time.monotonic()
