@@ -465,6 +465,20 @@ def _of_readable(
         raise unreadable
 
 
+def _sound(given: Iterable[_Item | ValueError]) -> list[_Item]:
+    """`given` without its errors, of which the first is raised where there is nothing else."""
+    sound: list[_Item] = []
+    errors = []
+    for one in given:
+        if isinstance(one, ValueError):
+            errors.append(one)
+        else:
+            sound.append(one)
+    if errors and not sound:
+        raise errors[0]
+    return sound
+
+
 def infer_types(
     sources: Sequence[Source], keys: ExampleKeys, count: int, known: ExampleTypes | None = None
 ) -> ExampleTypes | None:
@@ -574,12 +588,7 @@ def _parquet_types(infos: Iterable[FileInfo], keys: ExampleKeys) -> list[Example
             except ValueError as error:
                 yield error
 
-    given = list(_of_readable(infos, read))
-    found = [types for types in given if not isinstance(types, ValueError)]
-    for error in given:
-        if isinstance(error, ValueError) and not found:
-            raise error
-    return found
+    return _sound(_of_readable(infos, read))
 
 
 def _manifest_types(
@@ -596,9 +605,5 @@ def _manifest_types(
             except ValueError as error:
                 yield error
 
-    given = list(_of_readable(infos, read))
-    rows = [one for one in given if not isinstance(one, ValueError)]
-    for error in given:
-        if isinstance(error, ValueError) and not rows:
-            raise error
+    rows = _sound(_of_readable(infos, read))
     return [listing.infer_types(rows, pattern, keys)] if rows else []

@@ -209,9 +209,7 @@ def _look(
             records = pa.table({"source": source, "index": index})
             if path.startswith(FAILURES):
                 damage = is_damage(key, source)
-                known = pc.and_(
-                    pc.or_(known, damage), pc.invert(pc.and_(damage, pc.is_null(index)))
-                )
+                known = pc.xor(known, damage)  # of damage, where it has a record's place
                 records = records.filter(pc.invert(damage))  # which may lie behind the last one
             if sources is None:
                 finished += place_digests(source.filter(known), index.filter(known))

@@ -350,6 +350,7 @@ def test_a_picture_in_two_running_calls_is_computed_once_and_gives_a_row_in_each
     assert (other.ref.key, worse.key, bad.key, row.ref.key, new.ref.key) == tuple("abcde")
     assert row.vectors["logits"].tolist() == other.vectors["logits"].tolist() == [1, 2]
     assert (told.filled, told.reused) == (1, 2)
+    assert model_threads(1).submit(len, "").result() == 0  # when the lane has gone on
     assert known_in(handler._run)._running == {}  # nothing is waited for any more
 
 

@@ -38,7 +38,9 @@ class Known:
         """The vectors of the picture with this digest, or where they will come from; else None."""
         with self._lock:
             if sha256 not in self._entries:
-                return self._running.get(sha256)
+                running = self._running.get(sha256)
+                failed = running and running[0].done() and running[0].exception()
+                return None if failed else running
             self._entries.move_to_end(sha256)
             return self._entries[sha256][0]
 
