@@ -43,9 +43,6 @@ Decoder = Callable[[bytes, Preprocessing], Pixels]
 
 CRASHED, TIMEOUT, OUT_OF_MEMORY = "DecoderCrashed", "DecodeTimeout", "DecoderOutOfMemory"
 
-# Behind the model on a busy core: then pictures are decoded where it leaves one, such as at the end
-# of a round of batches, rather than beforehand.
-_NICER = 10
 _REQUEST = struct.Struct("<Q")  # bytes of the encoded picture, which follows
 _REPLY = struct.Struct("<III")  # bytes of an error's JSON, which follows (0: none), width, height
 _ORDER = struct.Struct("<i")  # to the fork server: 0 to start a process, else the pid to end
@@ -469,7 +466,6 @@ def serve(control: int, life_line: int, module: str, function: str, memory: int)
     fcntl.fcntl(life_line, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(life_line, fcntl.F_SETFL, os.O_ASYNC)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(_NICER)
     decoder = getattr(importlib.import_module(module), function)
     orders = socket.socket(fileno=control)
     children: set[int] = set()

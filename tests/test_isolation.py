@@ -155,9 +155,9 @@ def test_the_processes_know_no_tensorflow_no_beam_no_credential_and_one_thread(s
     assert seen["files"][:2] == ["/dev/null", "/dev/null"]
 
 
-def test_the_processes_stand_behind_the_model_on_a_busy_core(start):
+def test_the_processes_have_their_share_of_a_busy_core(start):
     seen = json.loads(failure(start(decoder=crashing.look_around), b"").message)
-    assert seen["nice"] == min(os.nice(0) + 10, 19)
+    assert seen["nice"] == os.nice(0)  # a model that has no pause would starve those behind it
 
 
 # ---------------------------------------------------------------- faults
