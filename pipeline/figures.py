@@ -57,8 +57,8 @@ GPU_SHARE = Figure(
 DECODE_SECONDS = Figure(
     0.0010,
     "CPU s/image",
-    f"{_PERFORMANCE}, a 500 x 375 JPEG to 224 x 224, resizing compiled (0.0015 by Pillow); "
-    "12 megapixels: 0.011",
+    f"{_PERFORMANCE}, a 500 x 375 JPEG to 224 x 224 in a process of its own, resizing "
+    "compiled (0.0015 by Pillow); 12 megapixels: 0.011",
 )
 OTHER_SECONDS = Figure(
     0.0002,

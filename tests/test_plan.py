@@ -249,7 +249,8 @@ def test_the_speeds_are_those_of_the_page():
     for (network, precision), figure in figures.MODEL_SECONDS.items():
         name = "bare" if network == "nasnet_mobile" else network
         assert figure.value == pytest.approx(seconds(f"{name}_{short[precision]}"), rel=0.05)
-    assert pytest.approx(seconds("decode"), rel=0.1) == figures.DECODE_SECONDS.value
+    decoding = results.median(runs["stage_decode"], "cpu_ms") / 1000  # as the job does it
+    assert pytest.approx(decoding, rel=0.1) == figures.DECODE_SECONDS.value
 
 
 def test_a_gpu_of_known_speed_wants_no_speed_of_a_cpu():
