@@ -33,7 +33,8 @@ class SdistWithoutDependencies(sdist):
         path.write_text(text)
 
 
-# Optional: without a compiler, or on another kind of CPU, Pillow does the same more slowly.
+# Optional: without a compiler, or on another kind of CPU, Pillow and TensorFlow do the same more
+# slowly.
 RESAMPLING = Extension(
     "formats._resampling",
     ["formats/_resampling.c"],
@@ -42,6 +43,16 @@ RESAMPLING = Extension(
     py_limited_api=True,
     optional=True,
 )
+SEPARABLE = Extension(
+    "models._separable",
+    ["models/_separable.c"],
+    extra_compile_args=["-O3", "-ffp-contract=fast"],
+    py_limited_api=True,
+    optional=True,
+)
 x86 = platform.machine() in ("x86_64", "AMD64")
 
-setup(cmdclass={"sdist": SdistWithoutDependencies}, ext_modules=[RESAMPLING] if x86 else [])
+setup(
+    cmdclass={"sdist": SdistWithoutDependencies},
+    ext_modules=[RESAMPLING, SEPARABLE] if x86 else [],
+)

@@ -44,12 +44,12 @@ if ! cmp -s "$lock" "$have"; then
 fi
 project() { # what its installation is made of, with its folder, which that names
   echo "# $root"
-  cat "$root/pyproject.toml" "$root/setup.py" "$root/formats/_resampling.c"
+  cat "$root/pyproject.toml" "$root/setup.py" "$root"/{formats/_resampling,models/_separable}.c
   command -v "${CC:-gcc}" || true # what compiles
   "$python" -c 'import os, sysconfig; print(os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 }
 if ! project | cmp -s - "$venv/holds-project"; then
-  rm -f "$root"/formats/_resampling*.so # one that cannot be made again would stay
+  rm -f "$root"/{formats/_resampling,models/_separable}*.so # one that cannot be made again would stay
   "${pip[@]}" --no-build-isolation --editable "$root"
   project >"$venv/holds-project"
 fi

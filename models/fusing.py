@@ -23,7 +23,7 @@ _BFLOAT16_OPS = {
     *("BiasAdd", "Relu", "Relu6", "Add", "AddV2"),
     *("AvgPool", "MaxPool", "ConcatV2", "Pad", "PadV2", "StridedSlice", "Identity"),
 }
-_FUSED = "_MklNativeFusedConv2D"
+FUSED = "_MklNativeFusedConv2D"
 _FLOAT = tf.float32.as_datatype_enum
 _BFLOAT16 = tf.bfloat16.as_datatype_enum
 _INT16 = tf.int16.as_datatype_enum
@@ -32,7 +32,7 @@ _FUSIBLE = {_FLOAT, _BFLOAT16} if BFLOAT16_KERNELS else {_FLOAT}  # what oneDNN'
 
 def can_fuse() -> bool:
     """Whether this TensorFlow has oneDNN's fused convolution."""
-    return op_def_registry.get(_FUSED) is not None
+    return op_def_registry.get(FUSED) is not None
 
 
 def to_bfloat16(graph: Graph) -> None:
@@ -280,7 +280,7 @@ def _replace(graph: Graph, chain: list[Any], inputs: list[str], fused: list[byte
     is_constant = graph.constant(conv.input[1]) is not None  # else the first batch's would stay
     for node in chain:
         del graph.nodes[node.name]
-    node = graph.add(_FUSED, chain[-1].name, inputs)
+    node = graph.add(FUSED, chain[-1].name, inputs)
     for attribute in (
         "T",
         "strides",

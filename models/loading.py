@@ -28,6 +28,7 @@ from models.handles import PREPARED, model_format, resolve
 from models.prepared import Prepared
 from models.runtime import BFLOAT16, CORES, GPU_UNSEEN, GPUS, constant, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
+from models.separable import fuse_separable
 
 TENSORFLOW, OPENVINO = "tensorflow", "openvino"
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -288,6 +289,7 @@ def _for_device(graph: Graph, bfloat16: bool) -> None:
         multiply_by_picture(graph)
         if can_fuse():
             fuse_convolutions(graph)
+            fuse_separable(graph)
         if bfloat16:
             take_larger_by_bits(graph)
 

@@ -107,6 +107,7 @@ GPU_UNSEEN = _has_gpu and not GPUS and os.environ.get("CUDA_VISIBLE_DEVICES") no
 BFLOAT16_KERNELS, BFLOAT16 = (
     found or bool(GPUS) for found in has_bfloat16(Path("/proc/cpuinfo").read_text())
 )
+AVX512 = " avx512f " in Path("/proc/cpuinfo").read_text()
 
 
 def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:
@@ -145,6 +146,7 @@ def twin(function: Any) -> Any:
 
 
 __all__ = [
+    "AVX512",
     "BFLOAT16",
     "BFLOAT16_KERNELS",
     "CORES",

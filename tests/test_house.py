@@ -190,7 +190,7 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
     archive = built_sdist(tmp_path)
     with tarfile.open(archive) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {*sources(), "formats/_resampling.c"} <= names
+    assert {*sources(), "formats/_resampling.c", "models/_separable.c"} <= names
     assert not any(name.startswith(("tests/", "out/")) for name in names)
     python, library = bare_environment(tmp_path / "empty")
     quiet = {"capture_output": True, "check": True, "text": True}
@@ -208,17 +208,20 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
 
 @pytest.mark.parametrize("compiler", [None, "/nowhere/cc"])
 def test_without_a_compiler_it_installs_too(tmp_path, compiler):
-    """The worker's image may have none; with one, resizing is compiled."""
+    """The worker's image may have none; with one, both halves in C are compiled."""
     archive = built_sdist(tmp_path)
     python, library = bare_environment(tmp_path / "empty")
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     environment = {**os.environ, **({"CC": compiler} if compiler else {})}
     subprocess.run([*pip, str(archive)], cwd=tmp_path, env=environment, check=True)
     assert (library / "formats" / "resampling.py").exists()
-    built = [*(library / "formats").glob("_resampling*.so")]
+    built = [
+        *(library / "formats").glob("_resampling*.so"),
+        *(library / "models").glob("_separable*.so"),
+    ]
     here = platform.machine() == "x86_64" and shutil.which(os.environ.get("CC", "gcc")) is not None
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-    assert len(built) == (here and headers and not compiler)
+    assert len(built) == 2 * (here and headers and not compiler)
 
 
 def pins(name: str) -> dict[str, set[str]]:

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROJECT = ("pyproject.toml", "setup.py", "formats/_resampling.c")  # what it is made of
+# What it is made of.
+PROJECT = ("pyproject.toml", "setup.py", "formats/_resampling.c", "models/_separable.c")
 
 
 @pytest.fixture
 def held(tmp_path):
     """Calls setup_venv.sh for a lock of a commit, both by name; what pip then installs."""
     shutil.copy(ROOT / "setup_venv.sh", tmp_path)
-    (tmp_path / "formats").mkdir()
+    for folder in ("formats", "models"):
+        (tmp_path / folder).mkdir()
     for name in PROJECT:
         (tmp_path / name).touch()
     (tmp_path / "requirements").mkdir()

@@ -1,0 +1,200 @@
+"""Separable convolutions as one operation each, where this CPU has kernels of ours for them.
+
+NASNet and PNASNet are made of them (Chollet, "Xception", CVPR 2017): a depthwise convolution and
+one of 1 x 1, which oneDNN runs one after the other, through memory. `_separable.c` runs them band
+by band in the cache, with the ReLU before and bias, addition and ReLU behind. It is compiled where
+the project is installed and a C compiler is there; else, and for what it leaves alone, oneDNN
+computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from models.fusing import FUSED
+from models.graphs import Graph, kind, node_name, waits
+from models.runtime import AVX512, tf
+
+_OPERATION = "ImageSeparableConv2D"  # as the compiled half calls it
+_FLOAT = tf.float32.as_datatype_enum
+_SIDES = {(1, 1): (3, 5, 7), (2, 2): (2, 3, 5, 7)}  # of depthwise kernels that it has, by stride
+_NARROWEST = 7  # pixels of a result's line that it takes at once
+# Above these oneDNN is as fast: bytes of a padded line, and of the weights of 1 x 1.
+_WIDEST_LINE = 32 << 10
+_HEAVIEST = 2 << 20
+
+log = logging.getLogger("pipeline")
+
+
+def _load() -> int:
+    """Make our kernels known to TensorFlow; returns the floats of their vectors, 0 for none here.
+
+    They are for AVX2: on CPUs with AVX-512 oneDNN's are twice as wide.
+    """
+    if AVX512 or platform.machine() not in ("x86_64", "AMD64"):
+        return 0
+    library = os.path.join(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")
+    try:
+        compiled = importlib.import_module("models._separable")
+        compiled.add_to(library)
+    except ImportError as error:
+        log.info("oneDNN computes separable convolutions, in some more time (%s)", error)
+        return 0
+    return int(compiled.WIDTH)
+
+
+WIDTH = _load()
+
+
+def fuse_separable(graph: Graph) -> None:
+    """Make each depthwise convolution and the fused one of 1 x 1 behind it one operation.
+
+    So is each other fused one of 1 x 1, and a ReLU that only such pairs read is taken in. In
+    float32, where nothing else reads what lies between; nothing is done where WIDTH is 0.
+    """
+    if not WIDTH:
+        return
+    readers = graph.readers()
+    shapes = graph.shapes()
+    pairs = set()
+    for node in list(graph.nodes.values()):
+        if not _is_pointwise(graph, node):
+            continue
+        before = graph.producer(node.input[0])
+        alone = len(readers[before.name]) == 1 and before.name not in graph.keep
+        if alone and _is_depthwise(graph, before, shapes):
+            del graph.nodes[before.name]
+            pairs.add(_replace(graph, node, before))
+        else:
+            _replace(graph, node, None)
+    readers = graph.readers()
+    for relu in [node for node in graph.nodes.values() if node.op == "Relu"]:
+        reading = readers[relu.name]
+        if waits(relu) or relu.name in graph.keep or not pairs.issuperset(r.name for r in reading):
+            continue
+        if any(relu.name in map(node_name, reader.input[1:]) for reader in reading):
+            continue
+        for reader in reading:
+            reader.input[0] = relu.input[0]
+            reader.attr["relu_before"].b = True
+    graph.prune()
+
+
+def _is_pointwise(graph: Graph, node: Any) -> bool:
+    """Whether it is a fused convolution of 1 x 1, as fuse_convolutions makes it, of every pixel."""
+    if node.op != FUSED or kind(node) != _FLOAT:
+        return False
+    weights = graph.constant(node.input[1])
+    return (
+        weights is not None
+        and weights.shape[:2] == (1, 1)
+        and weights.nbytes <= _HEAVIEST
+        and graph.constant(node.input[2]) is not None
+        and _is_plain(node, [1, 1, 1, 1])
+    )
+
+
+def _is_depthwise(graph: Graph, node: Any, shapes: dict[str, list[int | None]]) -> bool:
+    """Whether it is a depthwise convolution that our kernels take."""
+    if node.op != "DepthwiseConv2dNative" or kind(node) != _FLOAT:
+        return False
+    taps = graph.constant(node.input[1])
+    width = (shapes.get(node.name) or [None] * 4)[2]
+    if taps is None or width is None:
+        return False
+    rows, side, channels, multiplier = taps.shape
+    down, stride = node.attr["strides"].list.i[1:3]
+    return (
+        rows == side
+        and multiplier == 1
+        and side in _SIDES.get((down, stride), ())
+        and node.attr["padding"].s == b"SAME"
+        and _is_plain(node, [1, stride, stride, 1])
+        and width >= _NARROWEST
+        and channels >= WIDTH
+        and (width * stride + side) * channels * 4 <= _WIDEST_LINE
+    )
+
+
+def _is_plain(node: Any, strides: Sequence[int]) -> bool:
+    """Whether it has these strides, no dilation, and pictures in NHWC."""
+    dilations = list(node.attr["dilations"].list.i) if "dilations" in node.attr else []
+    layout = node.attr["data_format"].s if "data_format" in node.attr else b"NHWC"
+    return (
+        list(node.attr["strides"].list.i) == list(strides)
+        and dilations in ([], [1, 1, 1, 1])
+        and layout == b"NHWC"
+        and not waits(node)
+    )
+
+
+def _replace(graph: Graph, node: Any, depthwise: Any) -> str:
+    """Put the operation in the place of `node`, a fused convolution, and of `depthwise` before it.
+
+    Returns its name.
+    """
+    weights = graph.constant(node.input[1])
+    bias = graph.constant(node.input[2])
+    assert weights is not None
+    assert bias is not None
+    channels, columns = weights.shape[2:]
+    held = -(-channels // WIDTH) * WIDTH
+    taps = np.zeros((0, held), np.float32)
+    side, stride = 0, 1
+    if depthwise is not None:
+        filters = graph.constant(depthwise.input[1])
+        assert filters is not None
+        side, stride = filters.shape[0], depthwise.attr["strides"].list.i[1]
+        flat = filters.reshape(side * side, channels)
+        taps = np.pad(flat, ((0, 0), (0, held - channels)))
+    source = node.input[0] if depthwise is None else depthwise.input[0]
+    fused = list(node.attr["fused_ops"].list.s)
+    del graph.nodes[node.name]
+    made = graph.add(
+        _OPERATION,
+        node.name,
+        [
+            source,
+            graph.add_constant(f"{node.name}/taps", taps),
+            graph.add_constant(f"{node.name}/panels", _panels(weights[0, 0])),
+            graph.add_constant(f"{node.name}/bias", np.pad(bias, (0, -columns % WIDTH))),
+            *node.input[3:],
+        ],
+    )
+    for attribute, value in (
+        ("addend_count", len(node.input) - 3),
+        ("side", side),
+        ("stride", stride),
+        ("columns", columns),
+    ):
+        made.attr[attribute].i = value
+    made.attr["relu_before"].b = False
+    made.attr["relu"].b = b"Relu" in fused
+    return str(made.name)
+
+
+def _panels(weights: np.ndarray) -> np.ndarray:
+    """`weights` [channels, columns] as the compiled half takes them, panel by panel.
+
+    The last panel begins early where the columns are no multiple of a vector, and ends with zeros
+    where there are fewer than it has.
+    """
+    columns = weights.shape[1]
+    left, first, taken = -(-columns // WIDTH), 0, []
+    while left:
+        vectors = 2 if left in (2, 4) else min(left, 3)
+        left -= vectors
+        width = vectors * WIDTH
+        if not left:
+            first = max(0, columns - width)
+        panel = weights[:, first : first + width]
+        taken.append(np.pad(panel, ((0, 0), (0, width - panel.shape[1]))).ravel())
+        first += width
+    return np.concatenate(taken)
