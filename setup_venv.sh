@@ -49,7 +49,8 @@ project() { # what its installation is made of, with its folder, which that name
   "$python" -c 'import os, sysconfig; print(os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 }
 if ! project | cmp -s - "$venv/holds-project"; then
-  rm -f "$root"/{formats/_resampling,models/_separable}*.so # one that cannot be made again would stay
+  # One that cannot be made again would stay.
+  rm -f "$root"/{formats/_resampling,models/_separable}*.so
   "${pip[@]}" --no-build-isolation --editable "$root"
   project >"$venv/holds-project"
 fi

@@ -20,7 +20,7 @@
 #define LARGEST_SIDE 7 /* of a depthwise kernel */
 #define PIXELS 7       /* of its sums that are taken at once, with a line of taps in registers */
 #define WIDEST 3       /* vectors of a panel, the columns of weights that are taken at once */
-#define ROWS(vectors) (12 / (vectors)) /* pixels that are multiplied by them at once, as much */
+#define ROWS(vectors) (12 / (vectors)) /* pixels by a panel at once: their sums in registers */
 #define BAND (256 << 10) /* bytes of a band, with what it is made of: a part of the second cache */
 
 #define AVX2 __attribute__((target("avx2,fma")))
@@ -310,6 +310,7 @@ static struct {
 } tf;
 
 #define OPERATION "ImageSeparableConv2D"
+#define LAYOUT 1 /* of taps and panels: another number than models/separable.py's is another's */
 
 static void *create(void *context) {
     Layer *layer = calloc(1, sizeof *layer);
@@ -337,7 +338,9 @@ static bool measured(Layer *layer, void *const tensor[5], int count) {
     if (tf.NumDims(tensor[0]) != 4 || tf.NumDims(tensor[1]) != 2 || tf.NumDims(tensor[2]) != 1 ||
         tf.NumDims(tensor[3]) != 1)
         return false;
-    int64_t most = INT32_MAX / 16, wide = (layer->columns + WIDTH - 1) / WIDTH * WIDTH;
+    int64_t most = INT32_MAX / 16;
+    if (layer->columns > most) return false;
+    int64_t wide = (layer->columns + WIDTH - 1) / WIDTH * WIDTH;
     for (int i = 0; i < 4; i++)
         if (tf.Dim(tensor[0], i) > most || (i && tf.Dim(tensor[0], i) < 1)) return false;
     layer->height = (int)tf.Dim(tensor[0], 1);
@@ -412,7 +415,8 @@ static PyObject *add_to(PyObject *module, PyObject *arguments) {
     if (!(tf.name = (result(*) arguments)dlsym(handle, "TF_" #name))) \
         return PyErr_Format(PyExc_ImportError, "TensorFlow has no TF_" #name);
     INTERFACE(FOUND)
-    if (pthread_key_create(&scratch_key, forget)) return PyErr_NoMemory();
+    if (pthread_key_create(&scratch_key, forget))
+        return PyErr_Format(PyExc_ImportError, "the process has no key left for a thread's memory");
     void *status = tf.NewStatus(), *operation = tf.NewOpDefinitionBuilder(OPERATION);
     tf.OpDefinitionBuilderAddInput(operation, "pictures: float");
     tf.OpDefinitionBuilderAddInput(operation, "taps: float");
@@ -452,10 +456,12 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__separable(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-        PyErr_SetString(PyExc_ImportError, "this CPU has no AVX2");
+        PyErr_SetString(PyExc_ImportError, "this CPU has no AVX2 or no FMA");
         return NULL;
     }
     PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddIntConstant(made, "WIDTH", WIDTH)) Py_CLEAR(made);
+    if (made && (PyModule_AddIntConstant(made, "WIDTH", WIDTH) ||
+                 PyModule_AddIntConstant(made, "LAYOUT", LAYOUT)))
+        Py_CLEAR(made);
     return made;
 }

@@ -2,9 +2,9 @@
 
 NASNet and PNASNet are made of them (Chollet, "Xception", CVPR 2017): a depthwise convolution and
 one of 1 x 1, which oneDNN runs one after the other, through memory. `_separable.c` runs them band
-by band in the cache, with the ReLU before and bias, addition and ReLU behind. It is compiled where
-the project is installed and a C compiler is there; else, and for what it leaves alone, oneDNN
-computes.
+by band in the cache, with the ReLU before and bias, addition and ReLU behind, and such a network's
+other convolutions of 1 x 1 too. It is compiled where the project is installed and a C compiler is
+there; else, and for what it leaves alone, oneDNN computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from models.graphs import Graph, kind, node_name, waits
 from models.runtime import AVX512, tf
 
 _OPERATION = "ImageSeparableConv2D"  # as the compiled half calls it
+_LAYOUT = 1  # of weights as the compiled half takes them
 _FLOAT = tf.float32.as_datatype_enum
+_FUSED_OPS = [[b"BiasAdd", *more] for more in ([], [b"Relu"], [b"Add"], [b"Add", b"Relu"])]
 _SIDES = {(1, 1): (3, 5, 7), (2, 2): (2, 3, 5, 7)}  # of depthwise kernels that it has, by stride
 _NARROWEST = 7  # pixels of a result's line that it takes at once
 # Above these oneDNN is as fast: bytes of a padded line, and of the weights of 1 x 1.
@@ -43,6 +45,8 @@ def _load() -> int:
     library = os.path.join(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")
     try:
         compiled = importlib.import_module("models._separable")
+        if getattr(compiled, "LAYOUT", None) != _LAYOUT:
+            raise ImportError("its compiled half is of another version: install the project again")
         compiled.add_to(library)
     except ImportError as error:
         log.info("oneDNN computes separable convolutions, in some more time (%s)", error)
@@ -56,24 +60,32 @@ WIDTH = _load()
 def fuse_separable(graph: Graph) -> None:
     """Make each depthwise convolution and the fused one of 1 x 1 behind it one operation.
 
-    So is each other fused one of 1 x 1, and a ReLU that only such pairs read is taken in. In
-    float32, where nothing else reads what lies between; nothing is done where WIDTH is 0.
+    Where there are any, so is each other fused one of 1 x 1 that they take, and a ReLU that only
+    such pairs read is taken in (of NaN it is 0 then, as in fused ones). In float32, where nothing
+    else reads what lies between; nothing is done where WIDTH is 0.
     """
     if not WIDTH:
         return
     readers = graph.readers()
     shapes = graph.shapes()
-    pairs = set()
-    for node in list(graph.nodes.values()):
-        if not _is_pointwise(graph, node):
-            continue
+    pairs, others = [], []
+    for node in [node for node in graph.nodes.values() if _is_pointwise(graph, node, shapes)]:
         before = graph.producer(node.input[0])
         alone = len(readers[before.name]) == 1 and before.name not in graph.keep
         if alone and _is_depthwise(graph, before, shapes):
-            del graph.nodes[before.name]
-            pairs.add(_replace(graph, node, before))
+            pairs.append((node, before))
         else:
-            _replace(graph, node, None)
+            others.append((node, None))
+    if not pairs:
+        return
+    for node, depthwise in (*pairs, *others):
+        _replace(graph, node, depthwise)
+    _take_relus(graph, {node.name for node, _ in pairs})
+    graph.prune()
+
+
+def _take_relus(graph: Graph, pairs: set[str]) -> None:
+    """Take in the ReLUs that only the pictures of `pairs` go through."""
     readers = graph.readers()
     for relu in [node for node in graph.nodes.values() if node.op == "Relu"]:
         reading = readers[relu.name]
@@ -84,19 +96,21 @@ def fuse_separable(graph: Graph) -> None:
         for reader in reading:
             reader.input[0] = relu.input[0]
             reader.attr["relu_before"].b = True
-    graph.prune()
 
 
-def _is_pointwise(graph: Graph, node: Any) -> bool:
-    """Whether it is a fused convolution of 1 x 1, as fuse_convolutions makes it, of every pixel."""
+def _is_pointwise(graph: Graph, node: Any, shapes: dict[str, list[int | None]]) -> bool:
+    """Whether it is a fused convolution of 1 x 1 of every pixel that our kernels take."""
     if node.op != FUSED or kind(node) != _FLOAT:
         return False
     weights = graph.constant(node.input[1])
+    channels = (shapes.get(node.input[0]) or [None])[-1]
     return (
         weights is not None
-        and weights.shape[:2] == (1, 1)
+        and weights.shape[:3] == (1, 1, channels)  # fewer than there are would be of groups
         and weights.nbytes <= _HEAVIEST
         and graph.constant(node.input[2]) is not None
+        and node.attr["padding"].s in (b"SAME", b"VALID")
+        and list(node.attr["fused_ops"].list.s) in _FUSED_OPS
         and _is_plain(node, [1, 1, 1, 1])
     )
 
@@ -135,11 +149,8 @@ def _is_plain(node: Any, strides: Sequence[int]) -> bool:
     )
 
 
-def _replace(graph: Graph, node: Any, depthwise: Any) -> str:
-    """Put the operation in the place of `node`, a fused convolution, and of `depthwise` before it.
-
-    Returns its name.
-    """
+def _replace(graph: Graph, node: Any, depthwise: Any) -> None:
+    """Put the operation in the place of `node`, and of `depthwise` before it, if not None."""
     weights = graph.constant(node.input[1])
     bias = graph.constant(node.input[2])
     assert weights is not None
@@ -154,6 +165,7 @@ def _replace(graph: Graph, node: Any, depthwise: Any) -> str:
         side, stride = filters.shape[0], depthwise.attr["strides"].list.i[1]
         flat = filters.reshape(side * side, channels)
         taps = np.pad(flat, ((0, 0), (0, held - channels)))
+        del graph.nodes[depthwise.name]
     source = node.input[0] if depthwise is None else depthwise.input[0]
     fused = list(node.attr["fused_ops"].list.s)
     del graph.nodes[node.name]
@@ -177,24 +189,22 @@ def _replace(graph: Graph, node: Any, depthwise: Any) -> str:
         made.attr[attribute].i = value
     made.attr["relu_before"].b = False
     made.attr["relu"].b = b"Relu" in fused
-    return str(made.name)
 
 
 def _panels(weights: np.ndarray) -> np.ndarray:
     """`weights` [channels, columns] as the compiled half takes them, panel by panel.
 
-    The last panel begins early where the columns are no multiple of a vector, and ends with zeros
-    where there are fewer than it has.
+    The last begins early where the columns are no multiple of a vector; one alone ends with zeros.
     """
     columns = weights.shape[1]
     left, first, taken = -(-columns // WIDTH), 0, []
+    if left <= 3:
+        return np.pad(weights, ((0, 0), (0, left * WIDTH - columns))).ravel()
     while left:
-        vectors = 2 if left in (2, 4) else min(left, 3)
+        vectors = 2 if left in (2, 4) else 3
         left -= vectors
-        width = vectors * WIDTH
         if not left:
-            first = max(0, columns - width)
-        panel = weights[:, first : first + width]
-        taken.append(np.pad(panel, ((0, 0), (0, width - panel.shape[1]))).ravel())
-        first += width
+            first = columns - vectors * WIDTH
+        taken.append(weights[:, first : first + vectors * WIDTH].ravel())
+        first += vectors * WIDTH
     return np.concatenate(taken)
