@@ -104,10 +104,9 @@ with _without_chatter(), without("keras.src.optimizers", "tf_keras.src.optimizer
 # A GPU that nobody hides and TensorFlow does not see: CUDA's libraries or its driver are not there.
 GPU_UNSEEN = _has_gpu and not GPUS and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 # Whether there are kernels for it; whether layers are computed in it where that is asked for.
-BFLOAT16_KERNELS, BFLOAT16 = (
-    found or bool(GPUS) for found in has_bfloat16(Path("/proc/cpuinfo").read_text())
-)
-AVX512 = " avx512f " in Path("/proc/cpuinfo").read_text()
+_cpuinfo = Path("/proc/cpuinfo").read_text()
+BFLOAT16_KERNELS, BFLOAT16 = (found or bool(GPUS) for found in has_bfloat16(_cpuinfo))
+AVX512 = "avx512f" in _cpuinfo.split()
 
 
 def inline_variables(function: Any, leave: Iterable[str] = ()) -> Any:

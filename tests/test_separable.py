@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from models import loading, separable
 from models.folding import fold
-from models.fusing import FUSED, can_fuse, fuse_convolutions
+from models.fusing import FUSED, fuse_convolutions
 from models.graphs import Graph
 from models.runtime import GPUS
 from models.separable import WIDTH, fuse_separable
@@ -321,10 +321,8 @@ def test_without_the_compiled_half_onednn_computes(monkeypatch, caplog):
         assert separable._load() == 0
     assert "oneDNN computes separable convolutions, in some more time (" in caplog.text
     monkeypatch.setattr(separable, "WIDTH", 0)
-    layer = Layer((9, 9), 16, 8)
-    graph = graph_of(layer, 16)
-    fuse_separable(graph)
-    assert ops(graph)[PAIR] == 1
+    graph = fused(graph_of(Layer((9, 9), 16, 8), 16))
+    assert (ops(graph)[PAIR], ops(graph)[OURS]) == (1, 0)
 
 
 @pytest.mark.parametrize(("avx512", "machine"), [(True, "x86_64"), (False, "aarch64")])
@@ -339,4 +337,3 @@ def test_other_cpus_are_left_to_onednn(monkeypatch, caplog, avx512, machine):
 @compiled
 def test_the_layers_are_known_to_tensorflow_once():
     assert separable._load() == separable._load() == WIDTH
-    assert can_fuse()
