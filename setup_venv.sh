@@ -48,7 +48,7 @@ project() { # what its installation is made of, with its folder, which that name
   command -v "${CC:-gcc}" || true # what compiles
   "$python" -c 'import os, sysconfig; print(os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 }
-if ! project | cmp -s - "$venv/holds-project"; then
+if [ "$(project)" != "$(cat "$venv/holds-project" 2>/dev/null)" ]; then
   # One that cannot be made again would stay.
   rm -f "$root"/{formats/_resampling,models/_separable}*.so
   "${pip[@]}" --no-build-isolation --editable "$root"
