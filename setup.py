@@ -43,16 +43,20 @@ RESAMPLING = Extension(
     py_limited_api=True,
     optional=True,
 )
-SEPARABLE = Extension(
-    "models._separable",
-    ["models/_separable.c"],
-    extra_compile_args=["-O3", "-ffp-contract=fast"],
-    py_limited_api=True,
-    optional=True,
-)
+SEPARABLE = [
+    Extension(
+        f"models.{name}",
+        ["models/_separable.c"],
+        define_macros=[("WIDTH", width)],
+        extra_compile_args=["-O3", "-ffp-contract=fast"],
+        py_limited_api=True,
+        optional=True,
+    )
+    for name, width in (("_separable", "8"), ("_separable_avx512", "16"))
+]
 x86 = platform.machine() in ("x86_64", "AMD64")
 
 setup(
     cmdclass={"sdist": SdistWithoutDependencies},
-    ext_modules=[RESAMPLING, SEPARABLE] if x86 else [],
+    ext_modules=[RESAMPLING, *SEPARABLE] if x86 else [],
 )

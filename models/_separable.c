@@ -16,15 +16,30 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define WIDTH 8        /* floats of a vector */
+/* Compiled twice: with AVX2, and by -DWIDTH=16 with AVX-512, of twice as many registers twice as
+   wide. -DLOWERED takes two of AVX2's for one of them, to test the latter on any CPU. */
+#ifndef WIDTH
+#define WIDTH 8 /* floats of a vector */
+#endif
+#if WIDTH == 16 && !defined LOWERED
+#define INSTRUCTIONS "avx512f"
+#define SUPPORTED __builtin_cpu_supports("avx512f")
+#define NAME _separable_avx512
+#else
+#define INSTRUCTIONS "avx2,fma"
+#define SUPPORTED (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#define NAME _separable
+#endif
+
 #define LARGEST_SIDE 7 /* of a depthwise kernel */
 #define PIXELS 7       /* of its sums that are taken at once, with a line of taps in registers */
 #define WIDEST 3       /* vectors of a panel, the columns of weights that are taken at once */
-#define ROWS(vectors) (12 / (vectors)) /* pixels by a panel at once: their sums in registers */
+/* Pixels by a panel at once: their sums in registers, and where they are, if no more than 12. */
+#define ROWS(vectors) (WIDTH == 16 && (vectors) > 1 ? 24 / (vectors) : 12 / (vectors))
 #define BAND (256 << 10) /* bytes of a band, with what it is made of: a part of the second cache */
 
-#define AVX2 __attribute__((target("avx2,fma")))
-#define INLINED AVX2 static inline __attribute__((always_inline))
+#define COMPILED __attribute__((target(INSTRUCTIONS)))
+#define INLINED COMPILED static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 32")
 
 typedef float Vector __attribute__((vector_size(WIDTH * 4)));
@@ -47,10 +62,11 @@ INLINED Vector positive(Vector it) { return (Vector)((Mask)it & (it > 0)); }
 
 /* Lines from `top` to `bottom` of a picture to `to`, layer->padded pixels a line, layer->held
    channels a pixel; zeros where the picture has no line. What is beside the picture stays, and what
-   is beyond its channels means nothing. */
-AVX2 static void
-pad(const Layer *layer, const float *picture, int top, int bottom, float *to) {
+   is beyond its channels means nothing. No float is read from `end` on. */
+COMPILED static void
+pad(const Layer *layer, const float *picture, const float *end, int top, int bottom, float *to) {
     int channels = layer->channels, held = layer->held, relu = layer->relu_before;
+    int last = channels > WIDTH ? channels - WIDTH : 0;
     size_t line = (size_t)layer->padded * held;
     for (int y = top; y < bottom; y++, to += line) {
         float *pixel = to + (size_t)layer->left * held;
@@ -61,8 +77,10 @@ pad(const Layer *layer, const float *picture, int top, int bottom, float *to) {
         const float *from = picture + (size_t)y * layer->width * channels;
         for (int x = 0; x < layer->width; x++, from += channels, pixel += held)
             for (int c = 0; c < channels; c += WIDTH) {
-                c = c + WIDTH > channels ? channels - WIDTH : c; /* some once more, the same */
-                Vector it = *(const Loose *)(from + c);
+                c = c > last ? last : c; /* some once more, the same */
+                Vector it = {0};
+                if (from + c + WIDTH <= end) it = *(const Loose *)(from + c);
+                else memcpy(&it, from + c, (end - from - c) * sizeof(float));
                 *(Loose *)(pixel + c) = relu ? positive(it) : it;
             }
     }
@@ -100,7 +118,7 @@ INLINED void taps(
             }
 }
 
-AVX2 static void
+COMPILED static void
 depthwise(const Layer *layer, const float *padded, int lines, float *to) {
     switch (layer->side * 10 + layer->stride) {
         case 22: taps(layer, padded, lines, to, 2, 2); break;
@@ -121,9 +139,7 @@ INLINED void panel(
 ) {
     int depth = layer->channels;
     size_t columns = layer->columns, end = pixels * columns;
-    Vector bias[WIDEST];
-    UNROLLED for (int v = 0; v < vectors; v++)
-        bias[v] = *(const Loose *)(layer->bias + first + v * WIDTH);
+    const float *bias = layer->bias + first; /* read late: no register is free before */
     for (size_t at = 0; at < pixels; at += rows) {
         size_t there = pixels - at < (size_t)rows ? pixels - at : (size_t)rows;
         const float *row[ROWS(1)], *weight = weights;
@@ -142,7 +158,7 @@ INLINED void panel(
         if (there == (size_t)rows && place + (rows - 1) * columns + vectors * WIDTH <= end) {
             UNROLLED for (int r = 0; r < rows; r++, place += columns)
                 UNROLLED for (int v = 0; v < vectors; v++) {
-                    Vector it = sum[r][v] + bias[v];
+                    Vector it = sum[r][v] + *(const Loose *)(bias + v * WIDTH);
                     if (addend) it += *(const Loose *)(addend + place + v * WIDTH);
                     *(Loose *)(to + place + v * WIDTH) = layer->relu ? positive(it) : it;
                 }
@@ -151,7 +167,7 @@ INLINED void panel(
         float last[ROWS(1)][WIDEST * WIDTH];
         UNROLLED for (int r = 0; r < rows; r++)
             UNROLLED for (int v = 0; v < vectors; v++)
-                *(Loose *)(last[r] + v * WIDTH) = sum[r][v] + bias[v];
+                *(Loose *)(last[r] + v * WIDTH) = sum[r][v] + *(const Loose *)(bias + v * WIDTH);
         for (size_t r = 0; r < there; r++, place += columns)
             for (size_t c = 0; c < (size_t)(vectors * WIDTH) && first + c < columns; c++) {
                 float it = last[r][c] + (addend ? addend[place + c] : 0);
@@ -166,7 +182,7 @@ static int widest(int left) { return left == 2 || left == 4 ? 2 : left < WIDEST 
 /* The whole product, panel by panel. The last begins early where the columns are no multiple of a
    vector: some are written twice, the same. Of a single panel that is wider than the columns each
    pixel's end is written by the next. */
-AVX2 static void product(
+COMPILED static void product(
     const Layer *layer, const float *from, size_t apart, size_t pixels, const float *addend,
     float *to
 ) {
@@ -254,6 +270,7 @@ separable(const Layer *layer, size_t batch, const float *from, const float *adde
         memset(beside + before + inside, 0, (whole - before - inside) * sizeof(float));
     }
     size_t picture = (size_t)layer->height * layer->width * layer->channels;
+    const float *last = from + batch * picture;
     for (size_t first = 0, end = 0; first < batch * lines; first = end) {
         end = first + band < batch * lines ? first + band : batch * lines;
         float *into = between;
@@ -261,7 +278,7 @@ separable(const Layer *layer, size_t batch, const float *from, const float *adde
             next = (at / lines + 1) * lines < end ? (at / lines + 1) * lines : end;
             int some = (int)(next - at), top = (int)(at % lines) * layer->stride - layer->top;
             int bottom = top + (some - 1) * layer->stride + layer->side;
-            pad(layer, from + at / lines * picture, top, bottom, padded);
+            pad(layer, from + at / lines * picture, last, top, bottom, padded);
             depthwise(layer, padded, some, into);
             into += some * line;
         }
@@ -309,8 +326,10 @@ static struct {
     INTERFACE(MEMBER)
 } tf;
 
-#define OPERATION "ImageSeparableConv2D"
-#define LAYOUT 1 /* of taps and panels: another number than models/separable.py's is another's */
+#define TEXT(macro) TEXT_OF(macro)
+#define TEXT_OF(it) #it
+#define OPERATION "ImageSeparableConv2DBy" TEXT(WIDTH)
+#define LAYOUT 2 /* of taps and panels: another number than models/separable.py's is another's */
 
 static void *create(void *context) {
     Layer *layer = calloc(1, sizeof *layer);
@@ -357,7 +376,7 @@ static bool measured(Layer *layer, void *const tensor[5], int count) {
     if (tf.Dim(tensor[1], 0) != side * side || tf.Dim(tensor[1], 1) != layer->held ||
         tf.Dim(tensor[2], 0) != (int64_t)layer->channels * wide ||
         tf.Dim(tensor[3], 0) != wide ||
-        (side && (layer->out_width < PIXELS || layer->channels < WIDTH)))
+        (side && layer->out_width < PIXELS))
         return false;
     if (count < 5) return true;
     const int64_t result[] = {
@@ -449,14 +468,16 @@ static PyMethodDef functions[] = {
 };
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_separable", "Separable convolutions with AVX2.", -1, functions,
-    NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, TEXT(NAME), "Separable convolutions with vectors of " TEXT(WIDTH) ".", -1,
+    functions, NULL, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__separable(void) {
+#define JOINED(one, other) JOINED_OF(one, other)
+#define JOINED_OF(one, other) one##other
+PyMODINIT_FUNC JOINED(PyInit_, NAME)(void) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-        PyErr_SetString(PyExc_ImportError, "this CPU has no AVX2 or no FMA");
+    if (!SUPPORTED) {
+        PyErr_SetString(PyExc_ImportError, "this CPU has no " INSTRUCTIONS);
         return NULL;
     }
     PyObject *made = PyModule_Create(&module);

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models.graphs import Graph, kind, node_name, port, waits
+from models.graphs import Graph, Shapes, kind, node_name, port, waits
 from models.runtime import tf
 
 # Of 16 bits, halves of the least numbers are lost, and whole numbers wrap around.
@@ -201,7 +201,7 @@ def _double_kernels(graph: Graph) -> None:
 
 def _reading(
     graph: Graph,
-    shapes: dict[str, list[int | None]],
+    shapes: Shapes,
     readers: dict[str, list[Any]],
     node: Any,
     start: int,
@@ -237,7 +237,7 @@ def _reading(
     return found
 
 
-def _keeps_channels(graph: Graph, shapes: dict[str, list[int | None]], node: Any) -> bool:
+def _keeps_channels(graph: Graph, shapes: Shapes, node: Any) -> bool:
     """Whether `node` gives twice as much of twice its first input, each channel in its place."""
     width = _channels(shapes, node.name)
     if width is None or width != _channels(shapes, node.input[0]):
@@ -252,7 +252,7 @@ def _keeps_channels(graph: Graph, shapes: dict[str, list[int | None]], node: Any
     return bool(node.op == "Pad")
 
 
-def _channels(shapes: dict[str, list[int | None]], tensor: str) -> int | None:
+def _channels(shapes: Shapes, tensor: str) -> int | None:
     """How many channels pictures have in `tensor`, None where that is open or they are none."""
     shape = shapes.get(tensor) or []
     return shape[-1] if len(shape) == 4 else None

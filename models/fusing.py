@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.folding import reads_single_pixels
-from models.graphs import Graph, kind, node_name, waits
+from models.graphs import Graph, Shapes, kind, node_name, waits
 from models.runtime import BFLOAT16_KERNELS, op_def_registry, tf
 
 # The layers of convolutional networks; everything else stays in float32 behind a cast.
@@ -108,13 +108,12 @@ def _cast(graph: Graph, tensor: str, to_bfloat16: bool) -> str:
     return name
 
 
-def fuse_convolutions(graph: Graph) -> None:
+def fuse_convolutions(graph: Graph, shapes: Shapes) -> None:
     """Make each convolution, its bias, an addition and a ReLU behind it one operation.
 
     Only where nothing else reads what lies between. The addition is fused where both sides have
-    one shape.
+    one shape. `shapes` are `graph.shapes()`; those of what stays keep their names.
     """
-    shapes = graph.shapes()
     readers = graph.readers()
     for bias in [node for node in graph.nodes.values() if node.op == "BiasAdd"]:
         conv = graph.producer(bias.input[0])
@@ -238,7 +237,7 @@ def multiply_by_picture(graph: Graph) -> None:
         _reshape(graph, node.name, product.name, [-1, columns], node)
 
 
-def _rows_a_picture(shapes: dict[str, list[int | None]], source: Any, width: int) -> int:
+def _rows_a_picture(shapes: Shapes, source: Any, width: int) -> int:
     """How many rows of `width` each picture has in `source`, one where nothing tells."""
     if source.op != "Reshape":
         return 1
@@ -259,7 +258,7 @@ def _reshape(graph: Graph, name: str, tensor: str, shape: list[int], like: Any) 
     return node
 
 
-def _same(shapes: dict[str, list[int | None]], *tensors: str) -> bool:
+def _same(shapes: Shapes, *tensors: str) -> bool:
     """Whether two tensors are known to have one shape, whatever the size of the batch."""
     one, other = (shapes.get(tensor) for tensor in tensors)
     return one is not None and one == other and None not in one[1:]

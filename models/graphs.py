@@ -10,6 +10,7 @@ import numpy as np
 
 from models.runtime import op_def_registry, tf
 
+Shapes = dict[str, list[int | None]]  # tensor name, as nodes read it, to static shape
 _HEAVY_BYTES = 1000
 # TF1's control flow: what hangs on one of these may be a loop's or a branch's, and not run at all.
 _FLOW_OPS = {"Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "ControlTrigger"}
@@ -105,8 +106,8 @@ class Graph:
                 found[node_name(name)].append(node)
         return found
 
-    def shapes(self) -> dict[str, list[int | None]]:
-        """Tensor name, as nodes read it, to static shape, of those of known rank."""
+    def shapes(self) -> Shapes:
+        """The shapes of tensors of known rank. TensorFlow takes its time to find them."""
         with tf.Graph().as_default() as shaped:
             tf.graph_util.import_graph_def(self.to_def(), name="")
         return {

@@ -25,6 +25,7 @@ from models.fusing import (
 )
 from models.graphs import PLAIN_KINDS, Graph, kind
 from models.handles import PREPARED, model_format, resolve
+from models.kernels import chosen_width
 from models.prepared import Prepared
 from models.runtime import BFLOAT16, CORES, GPU_UNSEEN, GPUS, constant, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
@@ -288,8 +289,10 @@ def _for_device(graph: Graph, bfloat16: bool) -> None:
     if not GPUS:
         multiply_by_picture(graph)
         if can_fuse():
-            fuse_convolutions(graph)
-            fuse_separable(graph)
+            shapes = graph.shapes()
+            fuse_convolutions(graph, shapes)
+            if not bfloat16 and (width := chosen_width()):
+                fuse_separable(graph, shapes, width)
         if bfloat16:
             take_larger_by_bits(graph)
 

@@ -1,73 +1,43 @@
-"""Separable convolutions as one operation each, where this CPU has kernels of ours for them.
+"""Separable convolutions as one operation each: that of kernels of ours.
 
 NASNet and PNASNet are made of them (Chollet, "Xception", CVPR 2017): a depthwise convolution and
 one of 1 x 1, which oneDNN runs one after the other, through memory. `_separable.c` runs them band
 by band in the cache, with the ReLU before and bias, addition and ReLU behind, and such a network's
-other convolutions of 1 x 1 too. It is compiled where the project is installed and a C compiler is
-there; else, and for what it leaves alone, oneDNN computes.
+other convolutions of 1 x 1 too. `kernels.py` tells where.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from models.fusing import FUSED
-from models.graphs import Graph, kind, node_name, waits
-from models.runtime import AVX512, tf
+from models.graphs import Graph, Shapes, kind, node_name, waits
+from models.runtime import tf
 
-_OPERATION = "ImageSeparableConv2D"  # as the compiled half calls it
-_LAYOUT = 1  # of weights as the compiled half takes them
+_OPERATION = "ImageSeparableConv2DBy{}"  # as the compiled half calls it, by its WIDTH
+LAYOUT = 2  # of weights as the compiled half takes them
 _FLOAT = tf.float32.as_datatype_enum
 _FUSED_OPS = [[b"BiasAdd", *more] for more in ([], [b"Relu"], [b"Add"], [b"Add", b"Relu"])]
 _SIDES = {(1, 1): (3, 5, 7), (2, 2): (2, 3, 5, 7)}  # of depthwise kernels that it has, by stride
 _NARROWEST = 7  # pixels of a result's line that it takes at once
+_FEWEST = 8  # channels: of fewer most of a vector would be empty
 # Above these oneDNN is as fast: bytes of a padded line, and of the weights of 1 x 1.
 _WIDEST_LINE = 32 << 10
 _HEAVIEST = 2 << 20
 
-log = logging.getLogger("pipeline")
 
-
-def _load() -> int:
-    """Make our kernels known to TensorFlow; returns the floats of their vectors, 0 for none here.
-
-    They are for AVX2: on CPUs with AVX-512 oneDNN's are twice as wide.
-    """
-    if AVX512 or platform.machine() not in ("x86_64", "AMD64"):
-        return 0
-    library = os.path.join(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")
-    try:
-        compiled = importlib.import_module("models._separable")
-        if getattr(compiled, "LAYOUT", None) != _LAYOUT:
-            raise ImportError("its compiled half is of another version: install the project again")
-        compiled.add_to(library)
-    except ImportError as error:
-        log.info("oneDNN computes separable convolutions, in some more time (%s)", error)
-        return 0
-    return int(compiled.WIDTH)
-
-
-WIDTH = _load()
-
-
-def fuse_separable(graph: Graph) -> None:
+def fuse_separable(graph: Graph, shapes: Shapes, width: int) -> None:
     """Make each depthwise convolution and the fused one of 1 x 1 behind it one operation.
 
     Where there are any, so is each other fused one of 1 x 1 that they take, and a ReLU that only
     such pairs read is taken in (of NaN it is 0 then, as in fused ones). In float32, where nothing
-    else reads what lies between; nothing is done where WIDTH is 0.
+    else reads what lies between. `shapes` are those before `fuse_convolutions`; `width`: floats of
+    a vector of the kernels, 8 or 16.
     """
-    if not WIDTH:
-        return
     readers = graph.readers()
-    shapes = graph.shapes()
     pairs, others = [], []
     for node in [node for node in graph.nodes.values() if _is_pointwise(graph, node, shapes)]:
         before = graph.producer(node.input[0])
@@ -79,7 +49,7 @@ def fuse_separable(graph: Graph) -> None:
     if not pairs:
         return
     for node, depthwise in (*pairs, *others):
-        _replace(graph, node, depthwise)
+        _replace(graph, node, depthwise, width)
     _take_relus(graph, {node.name for node, _ in pairs})
     graph.prune()
 
@@ -98,7 +68,7 @@ def _take_relus(graph: Graph, pairs: set[str]) -> None:
             reader.attr["relu_before"].b = True
 
 
-def _is_pointwise(graph: Graph, node: Any, shapes: dict[str, list[int | None]]) -> bool:
+def _is_pointwise(graph: Graph, node: Any, shapes: Shapes) -> bool:
     """Whether it is a fused convolution of 1 x 1 of every pixel that our kernels take."""
     if node.op != FUSED or kind(node) != _FLOAT:
         return False
@@ -115,7 +85,7 @@ def _is_pointwise(graph: Graph, node: Any, shapes: dict[str, list[int | None]]) 
     )
 
 
-def _is_depthwise(graph: Graph, node: Any, shapes: dict[str, list[int | None]]) -> bool:
+def _is_depthwise(graph: Graph, node: Any, shapes: Shapes) -> bool:
     """Whether it is a depthwise convolution that our kernels take."""
     if node.op != "DepthwiseConv2dNative" or kind(node) != _FLOAT:
         return False
@@ -132,7 +102,7 @@ def _is_depthwise(graph: Graph, node: Any, shapes: dict[str, list[int | None]]) 
         and node.attr["padding"].s == b"SAME"
         and _is_plain(node, [1, stride, stride, 1])
         and width >= _NARROWEST
-        and channels >= WIDTH
+        and channels >= _FEWEST
         and (width * stride + side) * channels * 4 <= _WIDEST_LINE
     )
 
@@ -149,14 +119,14 @@ def _is_plain(node: Any, strides: Sequence[int]) -> bool:
     )
 
 
-def _replace(graph: Graph, node: Any, depthwise: Any) -> None:
+def _replace(graph: Graph, node: Any, depthwise: Any, width: int) -> None:
     """Put the operation in the place of `node`, and of `depthwise` before it, if not None."""
     weights = graph.constant(node.input[1])
     bias = graph.constant(node.input[2])
     assert weights is not None
     assert bias is not None
     channels, columns = weights.shape[2:]
-    held = -(-channels // WIDTH) * WIDTH
+    held = -(-channels // width) * width
     taps = np.zeros((0, held), np.float32)
     side, stride = 0, 1
     if depthwise is not None:
@@ -170,13 +140,13 @@ def _replace(graph: Graph, node: Any, depthwise: Any) -> None:
     fused = list(node.attr["fused_ops"].list.s)
     del graph.nodes[node.name]
     made = graph.add(
-        _OPERATION,
+        _OPERATION.format(width),
         node.name,
         [
             source,
             graph.add_constant(f"{node.name}/taps", taps),
-            graph.add_constant(f"{node.name}/panels", _panels(weights[0, 0])),
-            graph.add_constant(f"{node.name}/bias", np.pad(bias, (0, -columns % WIDTH))),
+            graph.add_constant(f"{node.name}/panels", _panels(weights[0, 0], width)),
+            graph.add_constant(f"{node.name}/bias", np.pad(bias, (0, -columns % width))),
             *node.input[3:],
         ],
     )
@@ -191,20 +161,20 @@ def _replace(graph: Graph, node: Any, depthwise: Any) -> None:
     made.attr["relu"].b = b"Relu" in fused
 
 
-def _panels(weights: np.ndarray) -> np.ndarray:
+def _panels(weights: np.ndarray, width: int) -> np.ndarray:
     """`weights` [channels, columns] as the compiled half takes them, panel by panel.
 
     The last begins early where the columns are no multiple of a vector; one alone ends with zeros.
     """
     columns = weights.shape[1]
-    left, first, taken = -(-columns // WIDTH), 0, []
+    left, first, taken = -(-columns // width), 0, []
     if left <= 3:
-        return np.pad(weights, ((0, 0), (0, left * WIDTH - columns))).ravel()
+        return np.pad(weights, ((0, 0), (0, left * width - columns))).ravel()
     while left:
         vectors = 2 if left in (2, 4) else 3
         left -= vectors
         if not left:
-            first = columns - vectors * WIDTH
-        taken.append(weights[:, first : first + vectors * WIDTH].ravel())
-        first += vectors * WIDTH
+            first = columns - vectors * width
+        taken.append(weights[:, first : first + vectors * width].ravel())
+        first += vectors * width
     return np.concatenate(taken)

@@ -15,6 +15,7 @@ from benchmarks import (
     duel,
     gpu,
     growth,
+    kernels,
     large_pictures,
     precision,
     processes,
@@ -170,7 +171,7 @@ PAGE = {
     "stages": (throughput.PART, throughput.stages),
     **{
         bench.PART: (bench.PART, bench.table)
-        for bench in (duel, gpu, growth, large_pictures, precision, startup)
+        for bench in (duel, gpu, growth, kernels, large_pictures, precision, startup)
     },
     scaling.PART: (scaling.PART, lambda runs: scaling.table(runs["flink"])),
 }
@@ -607,6 +608,34 @@ def test_both_sides_of_every_ratio_are_contenders():
     rates = {name: ran(100) for name in throughput.CONTENDERS}
     assert len(held(throughput=rates)) == 33
     assert throughput.table(rates).count("\n| ") == len(throughput.CONTENDERS)
+
+
+def test_kernels_are_told_by_their_ratios(tmp_path, monkeypatch):
+    """Each network by oneDNN's and by each of ours, in turn, of which this CPU would take one."""
+    networks = []
+
+    class Model:
+        info = None
+
+    def loaded(prepared, width):
+        networks.append((prepared, width))
+        return Model()
+
+    by_turn = [[20.0, 17.0, 18.0], [22.0, 18.0, 19.0], [21.0, 18.9, 21.0]]
+    monkeypatch.setattr(kernels, "load_by", loaded)
+    monkeypatch.setattr(kernels, "measure", lambda models, turns, seconds: by_turn[:turns])
+    monkeypatch.setattr(kernels, "compiled_width", lambda: 16)
+    monkeypatch.setattr(kernels, "register", lambda width: True)
+    monkeypatch.setattr(kernels, "chosen_width", lambda: 16)
+    monkeypatch.setattr(kernels.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(throughput.Place, "prepared", lambda place, network: network)
+    into = ["--work", str(tmp_path), "--results", str(tmp_path), "--turns", "3"]
+    monkeypatch.setattr(sys, "argv", ["kernels", *into])
+    kernels.main()
+    assert networks == [("nasnet_mobile", width) for width in (0, 16, 8)]
+    rows = kernels.table(results.read(tmp_path)[kernels.PART]).splitlines()
+    assert "vectors of 16 (AVX-512) | 0.85 (0.82 to 0.90) | 18.0 / 21.0 | 3 |" in rows[2]
+    assert "vectors of 8 (AVX2) | 0.90 (0.86 to 1.00) | 19.0 / 21.0 | 3 |" in rows[3]
 
 
 def test_two_at_a_time_are_told_by_their_ratios(tmp_path, monkeypatch):

@@ -301,7 +301,7 @@ def test_fusing_computes_the_same(name):
     graph = Graph(build(make), ["y"])
     wanted = run(graph)
     fold(graph)
-    fuse_convolutions(graph)
+    fuse_convolutions(graph, graph.shapes())
     assert ops(graph)[FUSED] == count
     assert ops(graph)["Conv2D"] == 0
     assert close(run(graph), wanted)
@@ -495,7 +495,7 @@ def test_an_addition_of_something_else(make):
     graph = Graph(build(make), ["y"])
     wanted = run(graph)
     fold(graph)
-    fuse_convolutions(graph)
+    fuse_convolutions(graph, graph.shapes())
     assert close(run(graph), wanted)
 
 
@@ -514,7 +514,7 @@ def test_what_waits_goes_on_waiting(op):
     wanted = run(graph)
     fold(graph)
     if can_fuse():
-        fuse_convolutions(graph)
+        fuse_convolutions(graph, graph.shapes())
     assert "check" in graph.nodes
     assert close(run(graph), wanted)
 
@@ -645,7 +645,7 @@ def test_any_network_computes_the_same_after_all_of_it(seed, steps, rough):
     if rough:
         to_bfloat16(graph)
     if can_fuse() and (BFLOAT16_KERNELS or not rough):
-        fuse_convolutions(graph)
+        fuse_convolutions(graph, graph.shapes())
     if rough:
         take_larger_by_bits(graph)
     assert close(run(graph), wanted, 0.15 if rough else 1e-4)

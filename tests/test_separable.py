@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
+import itertools
 import logging
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections import Counter
@@ -14,34 +16,62 @@ from pathlib import Path
 import exports
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import loading, separable
+from models import kernels, loading
 from models.folding import fold
 from models.fusing import FUSED, fuse_convolutions
 from models.graphs import Graph
-from models.runtime import GPUS
-from models.separable import WIDTH, fuse_separable
+from models.kernels import compiled_width, register
+from models.runtime import GPUS, tf
+from models.separable import fuse_separable
 
+SOURCE = Path(kernels.__file__).parent / "_separable.c"
 CPU = Path("/proc/cpuinfo")
 FLAGS = CPU.read_text().split() if CPU.exists() else []
 COULD = (
     platform.machine() == "x86_64"
     and {"avx2", "fma"} <= {*FLAGS}
-    and "avx512f" not in FLAGS
     and shutil.which("gcc") is not None
     and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 )
-OURS = "ImageSeparableConv2D"
+OURS = "ImageSeparableConv2DBy"  # and the floats of a vector
 PAIR = "DepthwiseConv2dNative"
-compiled = pytest.mark.skipif(not WIDTH, reason="this CPU has no kernels of ours")
+could = pytest.mark.skipif(not COULD, reason="no gcc, no Python.h or no AVX2 here")
+compiled = pytest.mark.skipif(not compiled_width(), reason="this CPU has no kernels of ours")
 
 
-@pytest.mark.skipif(not COULD, reason="no gcc, no Python.h, no AVX2 or AVX-512 here")
-def test_it_is_compiled_where_it_can_be():
-    assert WIDTH
+@could
+def test_they_are_compiled_where_they_can_be():
+    assert compiled_width() == (16 if "avx512f" in FLAGS else 8)
+
+
+@pytest.fixture(scope="module", params=[8, 16])
+def vector(request, tmp_path_factory):
+    """Floats of the vectors of kernels that TensorFlow knows: AVX-512's by AVX2 on other CPUs."""
+    if not COULD:
+        pytest.skip("no gcc, no Python.h or no AVX2 here")
+    if request.param == 16 and "avx512f" not in FLAGS:
+        lowered(tmp_path_factory.mktemp("lowered"))
+    else:
+        assert register(request.param)
+    return request.param
+
+
+def lowered(folder: Path) -> None:
+    """Make the kernels of AVX-512 known, each vector of theirs taken as two of AVX2's."""
+    library = folder / "_separable.so"
+    include = sysconfig.get_paths()["include"]
+    flags = ["-O1", "-ffp-contract=fast", "-fPIC", "-shared", "-w", "-DWIDTH=16", "-DLOWERED"]
+    subprocess.run(["gcc", *flags, f"-I{include}", SOURCE, "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("_separable", library)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.WIDTH == 16
+    made.add_to(str(Path(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")))
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -63,7 +93,8 @@ def run(graph: Graph, **given: np.ndarray) -> np.ndarray:
 
 
 def ops(graph: Graph) -> Counter:
-    return Counter(node.op for node in graph.nodes.values())
+    names = (node.op for node in graph.nodes.values())
+    return Counter(OURS if name.startswith(OURS) else name for name in names)
 
 
 class Layer:
@@ -87,15 +118,15 @@ class Layer:
         return tf.nn.relu(x) if after else x
 
 
-def fused(graph: Graph) -> Graph:
+def fused(graph: Graph, vector: int) -> Graph:
     fold(graph)
-    fuse_convolutions(graph)
-    fuse_separable(graph)
+    shapes = graph.shapes()
+    fuse_convolutions(graph, shapes)
+    fuse_separable(graph, shapes, vector)
     return graph
 
 
-@compiled
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     kernel=st.sampled_from([(0, 1), (3, 1), (5, 1), (7, 1), (2, 2), (3, 2), (5, 2), (7, 2)]),
     height=st.integers(1, 30),
@@ -106,7 +137,9 @@ def fused(graph: Graph) -> Graph:
     add=st.booleans(),
     batch=st.integers(1, 9),
 )
-def test_every_layer_is_tensorflows(kernel, height, width, channels, columns, relu, add, batch):
+def test_every_layer_is_tensorflows(
+    vector, kernel, height, width, channels, columns, relu, add, batch
+):
     side, stride = kernel
     layer = Layer((height, width), channels, columns, side, stride, relu, add)
     before = Layer((height, width), channels, channels, relu=(False, False))
@@ -119,7 +152,7 @@ def test_every_layer_is_tensorflows(kernel, height, width, channels, columns, re
     if add:
         pixels["addend"] = normal(5, batch, -(-height // stride), -(-width // stride), columns)
     wanted = run(graph_of(make, channels), **pixels)
-    graph = fused(graph_of(make, channels))
+    graph = fused(graph_of(make, channels), vector)
     assert ops(graph)[OURS] == (1 if side else 2)
     assert not {PAIR, FUSED, "Conv2D", "BiasAdd", "AddV2", "Relu"} & ops(graph).keys()
     found = run(graph, **pixels)
@@ -128,23 +161,21 @@ def test_every_layer_is_tensorflows(kernel, height, width, channels, columns, re
     assert np.array_equal(last[0], found[-1])  # whatever its place, whatever is beside it
 
 
-@compiled
 @pytest.mark.parametrize("side", [3, 7])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_pictures_of_more_than_a_band(side, stride):
+def test_pictures_of_more_than_a_band(vector, side, stride):
     """A line of theirs is a part of 256 KiB, and the lines around it are read for two bands."""
     layer = Layer((45, 100), 72, 24, side, stride)
     pixels = normal(4, 3, 45, 100, 72)
     wanted = run(graph_of(layer, 72), x=pixels)
-    graph = fused(graph_of(layer, 72))
+    graph = fused(graph_of(layer, 72), vector)
     assert ops(graph)[OURS] == 1
     assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-@compiled
-def test_none_and_what_is_no_number():
+def test_none_and_what_is_no_number(vector):
     layer = Layer((8, 8), 8, 9)
-    graph = fused(graph_of(layer, 8))
+    graph = fused(graph_of(layer, 8), vector)
     assert run(graph, x=normal(4, 0, 8, 8, 8)).shape == (0, 8, 8, 9)
     pixels = normal(4, 2, 8, 8, 8)
     pixels[0, 3, 3, 3] = np.nan
@@ -224,20 +255,18 @@ LEFT_ALONE = {
 }
 
 
-@compiled
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_is_left_to_onednn(name):
+def test_what_is_left_to_onednn(vector, name):
     make, channels, counted = LEFT_ALONE[name]
     make.size = getattr(make, "size", (9, 9))
     pixels = normal(4, 2, *make.size, channels)
     wanted = run(graph_of(make, channels), x=pixels)
-    graph = fused(graph_of(make, channels))
+    graph = fused(graph_of(make, channels), vector)
     assert {op: ops(graph)[op] for op in counted} == counted
     assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-@compiled
-def test_a_relu_that_others_read_stays():
+def test_a_relu_that_others_read_stays(vector):
     layer = Layer((9, 9), 16, 16, relu=(False, False))
 
     def make(x):
@@ -247,12 +276,11 @@ def test_a_relu_that_others_read_stays():
     make.size = (9, 9)
     pixels = normal(4, 2, 9, 9, 16)
     wanted = run(graph_of(make, 16), x=pixels)
-    graph = fused(graph_of(make, 16))
+    graph = fused(graph_of(make, 16), vector)
     assert ops(graph)[OURS] == ops(graph)["Relu"] == 1  # it is what is added, too
     assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-@compiled
 @pytest.mark.parametrize(
     ("given", "shape"),
     [
@@ -263,9 +291,9 @@ def test_a_relu_that_others_read_stays():
         ("addend", (1, 9, 9, 8)),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(given, shape):
+def test_shapes_that_do_not_fit_are_refused(vector, given, shape):
     layer = Layer((9, 9), 16, 8, add=True)
-    graph = fused(graph_of(layer, 16))
+    graph = fused(graph_of(layer, 16), vector)
     assert ops(graph)[OURS] == 1
     for node in graph.nodes.values():
         if node.op == "Placeholder" and node.name in ("x", "addend"):
@@ -277,63 +305,94 @@ def test_shapes_that_do_not_fit_are_refused(given, shape):
         run(graph, **{**pixels, given: normal(6, *shape)})
 
 
-@compiled
 @pytest.mark.skipif(bool(GPUS), reason="a GPU computes here")
-def test_a_network_is_made_of_them(monkeypatch):
+def test_a_network_is_made_of_them(vector, monkeypatch):
     spec = loading.LoadSpec(exports.exported("saved_model", "classification"))
+    monkeypatch.setattr(loading, "chosen_width", lambda: vector)
     info, graph = loading._assembled(spec)
     loading._for_device(graph, bfloat16=False)
     assert ops(graph)[OURS] > 10
-    found = loading.load(spec)
-    monkeypatch.setattr(separable, "WIDTH", 0)
-    onednn = loading.load(dataclasses.replace(spec, copies=3))  # which is another one
     pixels = np.random.default_rng(0).integers(0, 256, (3, info.image_size, info.image_size, 3))
-    vectors, wanted = (model(pixels.astype(np.uint8)) for model in (found, onednn))
+    vectors = []
+    for width in (vector, 0):
+        monkeypatch.setattr(loading, "_loaded", {})
+        monkeypatch.setattr(loading, "chosen_width", lambda width=width: width)
+        vectors.append(loading.load(spec)(pixels.astype(np.uint8)))
+    ours, onednn = vectors
     for name, width in info.outputs.items():
-        assert vectors[name].shape == (3, width)
-        assert np.abs(vectors[name] - wanted[name]).max() <= 1e-6 * np.abs(wanted[name]).max()
+        assert ours[name].shape == (3, width)
+        assert np.abs(ours[name] - onednn[name]).max() <= 1e-6 * np.abs(onednn[name]).max()
 
 
-@compiled
-def test_what_is_kept_stays():
+def test_what_is_kept_stays(vector):
     with tf.Graph().as_default() as built:
         x = tf.compat.v1.placeholder(tf.float32, [None, 9, 9, 16], "x")
         tf.identity(Layer((9, 9), 16, 8)(Layer((9, 9), 16, 16)(x)), name="y")
     names = {node.op: node.name for node in reversed(built.as_graph_def().node)}
     for op in (PAIR, "Relu"):
-        graph = fused(Graph(built.as_graph_def(), ["y", names[op]]))
+        graph = fused(Graph(built.as_graph_def(), ["y", names[op]]), vector)
         assert graph.nodes[names[op]].op == op
+
+
+def test_the_layers_are_known_to_tensorflow_once(vector):
+    if vector == compiled_width():
+        assert register(vector)
+        assert register(vector)
 
 
 @compiled
 def test_a_half_of_another_version_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(separable, "_LAYOUT", 0)
+    monkeypatch.setattr(kernels, "LAYOUT", 0)
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert separable._load() == 0
+        assert kernels.compiled_width.__wrapped__() == 0
     assert "install the project again" in caplog.text
 
 
-def test_without_the_compiled_half_onednn_computes(monkeypatch, caplog):
-    monkeypatch.setattr(separable, "AVX512", False)
+@pytest.mark.parametrize("avx512", [False, True])
+def test_without_the_compiled_half_onednn_computes(monkeypatch, caplog, avx512):
+    monkeypatch.setattr(kernels, "AVX512", avx512)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setitem(sys.modules, "models._separable", None)  # as Python marks what is missing
+    half = "models._separable_avx512" if avx512 else "models._separable"
+    monkeypatch.setitem(sys.modules, half, None)  # as Python marks what is missing
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert separable._load() == 0
+        assert kernels.compiled_width.__wrapped__() == 0
     assert "oneDNN computes separable convolutions, in some more time (" in caplog.text
-    monkeypatch.setattr(separable, "WIDTH", 0)
-    graph = fused(graph_of(Layer((9, 9), 16, 8), 16))
-    assert (ops(graph)[PAIR], ops(graph)[OURS]) == (1, 0)
 
 
-@pytest.mark.parametrize(("avx512", "machine"), [(True, "x86_64"), (False, "aarch64")])
-def test_other_cpus_are_left_to_onednn(monkeypatch, caplog, avx512, machine):
-    monkeypatch.setattr(separable, "AVX512", avx512)
-    monkeypatch.setattr(platform, "machine", lambda: machine)
+@pytest.mark.skipif("avx512f" in FLAGS, reason="a CPU with AVX-512")
+@could
+def test_a_half_for_other_cpus_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "AVX512", True)
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert separable._load() == 0
+        assert kernels.compiled_width.__wrapped__() == 0
+    assert "this CPU has no avx512f" in caplog.text
+
+
+def test_machines_without_any_are_told_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert kernels.compiled_width.__wrapped__() == 0
     assert not caplog.text
 
 
 @compiled
-def test_the_layers_are_known_to_tensorflow_once():
-    assert separable._load() == separable._load() == WIDTH
+@pytest.mark.skipif(bool(GPUS), reason="a GPU computes here")
+@pytest.mark.parametrize(("ours", "taken"), [(0.5, True), (0.97, True), (0.99, False), (2, False)])
+def test_the_faster_ones_compute(monkeypatch, ours, taken):
+    taking = itertools.cycle([1.0, ours, 3.0, 3.0])  # every other time both are held up
+    monkeypatch.setattr(kernels, "_seconds", lambda function, pixels: next(taking))
+    assert kernels.chosen_width.__wrapped__() == (compiled_width() if taken else 0)
+
+
+@compiled
+@pytest.mark.skipif(bool(GPUS), reason="a GPU computes here")
+def test_wrong_ones_do_not_compute(monkeypatch, caplog):
+    def wrong(graph, shapes, width):
+        fuse_separable(graph, shapes, width)
+        name = next(name for name in graph.weights if name.endswith("panels"))
+        graph.weights[name] = np.roll(graph.weights[name], 1)
+
+    monkeypatch.setattr(kernels, "fuse_separable", wrong)
+    monkeypatch.setattr(kernels, "_seconds", lambda function, pixels: pytest.fail("they are timed"))
+    assert kernels.chosen_width.__wrapped__() == 0
+    assert "are wrong on this CPU" in caplog.text

@@ -1,0 +1,134 @@
+"""Which kernels compute separable convolutions in float32 on this CPU: ours, or oneDNN's.
+
+Ours are compiled where the project is installed and a C compiler is there, with AVX2 and with
+AVX-512. They are taken where they prove faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from models.fusing import fuse_convolutions
+from models.graphs import Graph
+from models.runtime import AVX512, constant, tf
+from models.separable import LAYOUT, fuse_separable
+
+_COMPILED = {8: "models._separable", 16: "models._separable_avx512"}
+_PICTURES = (8, 28, 28, 44)
+_TURNS = 9
+_FASTER = 0.98  # of oneDNN's time, at most: less may be chance
+
+log = logging.getLogger("pipeline")
+
+
+@functools.cache
+def compiled_width() -> int:
+    """Floats of a vector of our kernels for this CPU, 0 for none; TensorFlow knows them then."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return 0
+    width = 16 if AVX512 else 8
+    return width if register(width) else 0
+
+
+def register(width: int) -> bool:
+    """Make our kernels of vectors of `width` floats known to TensorFlow, where they are here."""
+    library = os.path.join(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")
+    try:
+        compiled = importlib.import_module(_COMPILED[width])
+        if getattr(compiled, "LAYOUT", None) != LAYOUT:
+            raise ImportError("its compiled half is of another version: install the project again")
+        compiled.add_to(library)
+    except ImportError as error:
+        log.info("oneDNN computes separable convolutions, in some more time (%s)", error)
+        return False
+    return True
+
+
+@functools.cache
+def chosen_width() -> int:
+    """`compiled_width()` where our kernels are faster on this CPU than oneDNN's, else 0.
+
+    Some layers as nasnet_mobile's are timed both ways, in turn, the least of each taken.
+    """
+    width = compiled_width()
+    if not width:
+        return 0
+    graph = _layers()
+    shapes = graph.shapes()
+    fuse_convolutions(graph, shapes)
+    random = np.random.default_rng(0)
+    pixels = constant(random.normal(size=_PICTURES).astype(np.float32))
+    functions = [_function(graph)]
+    fuse_separable(graph, shapes, width)
+    functions.append(_function(graph))
+    onednn, ours = (function(pixels).numpy() for function in functions)
+    if not np.allclose(ours, onednn, rtol=1e-4, atol=1e-4 * np.abs(onednn).max()):
+        log.warning("our kernels for separable convolutions are wrong on this CPU; oneDNN computes")
+        return 0
+    taken = [[_seconds(function, pixels) for function in functions] for _ in range(_TURNS)]
+    onednn, ours = (min(each) for each in zip(*taken, strict=True))
+    log.debug("separable convolutions: %.3f of oneDNN's time", ours / onednn)
+    return width if ours < _FASTER * onednn else 0
+
+
+def _layers() -> Graph:
+    """Pictures `x` -> `y` by separable convolutions.
+
+    TensorFlow's functions for layers would take longer to import than all of this takes.
+    """
+    graph = Graph(tf.compat.v1.GraphDef(), ["y"])
+    random = np.random.default_rng(0)
+
+    def add(op: str, name: str, *inputs: str, strides: Sequence[int] = ()) -> str:
+        node = graph.add(op, name, list(inputs))
+        node.attr["T"].type = tf.float32.as_datatype_enum
+        if strides:
+            node.attr["strides"].list.i.extend(strides)
+            node.attr["padding"].s = b"SAME"
+        return str(node.name)
+
+    def constant_of(summed: int, *shape: int) -> str:
+        values = random.normal(scale=summed**-0.5, size=shape)  # so sums are as large as addends
+        return graph.add_constant("constant", values.astype(np.float32))
+
+    x = graph.add("Placeholder", "x", [])
+    x.attr["dtype"].type = tf.float32.as_datatype_enum
+    x.attr["shape"].shape.CopyFrom(tf.TensorShape(_PICTURES).as_proto())
+    last, held = "x", _PICTURES[-1]
+    for columns, stride in ((44, 1), (88, 2), (88, 1), (176, 2), (176, 1)):
+        last = add("Relu", "relu", last)
+        by = [1, stride, stride, 1]
+        taps, weights = constant_of(25, 5, 5, held, 1), constant_of(held, 1, 1, held, columns)
+        last = add("DepthwiseConv2dNative", "depthwise", last, taps, strides=by)
+        last = add("Conv2D", "pointwise", last, weights, strides=[1, 1, 1, 1])
+        last = add("BiasAdd", "bias", last, constant_of(1, columns))
+        held = columns
+    add("Relu", "y", last)
+    return graph
+
+
+def _function(graph: Graph) -> Any:
+    """TensorFlow's function of `graph`, `x` -> `y`."""
+    weights = {name: constant(array) for name, array in graph.weights.items()}
+
+    def run(x: tf.Tensor) -> tf.Tensor:
+        capture = tf.compat.v1.get_default_graph().capture
+        given = {"x": x, **{name: capture(array) for name, array in weights.items()}}
+        return tf.graph_util.import_graph_def(graph.to_def(), given, ["y:0"], name="")[0]
+
+    return tf.compat.v1.wrap_function(run, [tf.TensorSpec(_PICTURES)])
+
+
+def _seconds(function: Callable[[tf.Tensor], tf.Tensor], pixels: tf.Tensor) -> float:
+    start = time.perf_counter()
+    function(pixels)
+    return time.perf_counter() - start
