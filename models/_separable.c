@@ -66,7 +66,6 @@ INLINED Vector positive(Vector it) { return (Vector)((Mask)it & (it > 0)); }
 COMPILED static void
 pad(const Layer *layer, const float *picture, const float *end, int top, int bottom, float *to) {
     int channels = layer->channels, held = layer->held, relu = layer->relu_before;
-    int last = channels > WIDTH ? channels - WIDTH : 0;
     size_t line = (size_t)layer->padded * held;
     for (int y = top; y < bottom; y++, to += line) {
         float *pixel = to + (size_t)layer->left * held;
@@ -75,14 +74,19 @@ pad(const Layer *layer, const float *picture, const float *end, int top, int bot
             continue;
         }
         const float *from = picture + (size_t)y * layer->width * channels;
-        for (int x = 0; x < layer->width; x++, from += channels, pixel += held)
-            for (int c = 0; c < channels; c += WIDTH) {
-                c = c > last ? last : c; /* some once more, the same */
-                Vector it = {0};
-                if (from + c + WIDTH <= end) it = *(const Loose *)(from + c);
-                else memcpy(&it, from + c, (end - from - c) * sizeof(float));
+        for (int x = 0; x < layer->width; x++, from += channels, pixel += held) {
+            for (int c = 0; channels >= WIDTH && c < channels; c += WIDTH) {
+                c = c + WIDTH > channels ? channels - WIDTH : c; /* some once more, the same */
+                Vector it = *(const Loose *)(from + c);
                 *(Loose *)(pixel + c) = relu ? positive(it) : it;
             }
+            if (channels < WIDTH) {
+                Vector it = {0};
+                if (end - from >= WIDTH) it = *(const Loose *)from;
+                else memcpy(&it, from, (end - from) * sizeof(float));
+                *(Loose *)pixel = relu ? positive(it) : it;
+            }
+        }
     }
 }
 
