@@ -46,13 +46,13 @@ RESAMPLING = Extension(
 SEPARABLE = [
     Extension(
         f"models.{name}",
-        ["models/_separable.c"],
-        define_macros=[("WIDTH", width)],
+        [f"models/{name}.c"],
+        depends=["models/_separable.c"],
         extra_compile_args=["-O3", "-ffp-contract=fast"],
         py_limited_api=True,
         optional=True,
     )
-    for name, width in (("_separable", "8"), ("_separable_avx512", "16"))
+    for name in ("_separable", "_separable_avx512")
 ]
 x86 = platform.machine() in ("x86_64", "AMD64")
 

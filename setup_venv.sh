@@ -44,7 +44,7 @@ if ! cmp -s "$lock" "$have"; then
 fi
 project() { # what its installation is made of, with its folder, which that names
   echo "# $root"
-  cat "$root/pyproject.toml" "$root/setup.py" "$root"/{formats/_resampling,models/_separable}.c
+  cat "$root/pyproject.toml" "$root/setup.py" "$root"/{formats/_resampling,models/_separable,models/_separable_avx512}.c
   command -v "${CC:-gcc}" || true # what compiles
   "$python" -c 'import os, sysconfig; print(os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 }

@@ -2,7 +2,7 @@
    addition and ReLU, band by band, so that what lies between stays in the cache.
 
    Kernels are added to TensorFlow through its C interface, whose functions are looked up where it
-   is loaded: nothing of it is needed to compile this. models/separable.py says when it is asked. */
+   is loaded: nothing of it is needed to compile this. models/kernels.py says when it is asked. */
 
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -16,9 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Compiled twice: with AVX2, and by -DWIDTH=16 with AVX-512, of twice as many registers twice as
-   wide. -DLOWERED takes two of AVX2's for one of them, to test the latter on any CPU. */
-#ifndef WIDTH
+#ifndef WIDTH /* _separable_avx512.c has another */
 #define WIDTH 8 /* floats of a vector */
 #endif
 #if WIDTH == 16 && !defined LOWERED

@@ -29,7 +29,7 @@ from models.kernels import chosen_width
 from models.prepared import Prepared
 from models.runtime import BFLOAT16, CORES, GPU_UNSEEN, GPUS, constant, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
-from models.separable import fuse_separable
+from models.separable import fuse_separable, has_separable
 
 TENSORFLOW, OPENVINO = "tensorflow", "openvino"
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -291,7 +291,7 @@ def _for_device(graph: Graph, bfloat16: bool) -> None:
         if can_fuse():
             shapes = graph.shapes()
             fuse_convolutions(graph, shapes)
-            if not bfloat16 and (width := chosen_width()):
+            if has_separable(graph, shapes) and (width := chosen_width()):
                 fuse_separable(graph, shapes, width)
         if bfloat16:
             take_larger_by_bits(graph)

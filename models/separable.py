@@ -8,7 +8,7 @@ other convolutions of 1 x 1 too. `kernels.py` tells where.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,11 @@ _WIDEST_LINE = 32 << 10
 _HEAVIEST = 2 << 20
 
 
+def has_separable(graph: Graph, shapes: Shapes) -> bool:
+    """Whether `fuse_separable` would find any pair."""
+    return any(before is not None for _, before in _pairs(graph, shapes))
+
+
 def fuse_separable(graph: Graph, shapes: Shapes, width: int) -> None:
     """Make each depthwise convolution and the fused one of 1 x 1 behind it one operation.
 
@@ -37,21 +42,24 @@ def fuse_separable(graph: Graph, shapes: Shapes, width: int) -> None:
     else reads what lies between. `shapes` are those before `fuse_convolutions`; `width`: floats of
     a vector of the kernels, 8 or 16.
     """
-    readers = graph.readers()
-    pairs, others = [], []
-    for node in [node for node in graph.nodes.values() if _is_pointwise(graph, node, shapes)]:
-        before = graph.producer(node.input[0])
-        alone = len(readers[before.name]) == 1 and before.name not in graph.keep
-        if alone and _is_depthwise(graph, before, shapes):
-            pairs.append((node, before))
-        else:
-            others.append((node, None))
+    found = list(_pairs(graph, shapes))
+    pairs = {node.name for node, depthwise in found if depthwise is not None}
     if not pairs:
         return
-    for node, depthwise in (*pairs, *others):
+    for node, depthwise in found:
         _replace(graph, node, depthwise, width)
-    _take_relus(graph, {node.name for node, _ in pairs})
+    _take_relus(graph, pairs)
     graph.prune()
+
+
+def _pairs(graph: Graph, shapes: Shapes) -> Iterator[tuple[Any, Any]]:
+    """Each convolution of 1 x 1 that our kernels take, and the depthwise one before it, or None."""
+    readers = graph.readers()
+    for node in graph.nodes.values():
+        if _is_pointwise(graph, node, shapes):
+            before = graph.producer(node.input[0])
+            alone = len(readers[before.name]) == 1 and before.name not in graph.keep
+            yield node, before if alone and _is_depthwise(graph, before, shapes) else None
 
 
 def _take_relus(graph: Graph, pairs: set[str]) -> None:

@@ -623,19 +623,21 @@ def test_kernels_are_told_by_their_ratios(tmp_path, monkeypatch):
 
     by_turn = [[20.0, 17.0, 18.0], [22.0, 18.0, 19.0], [21.0, 18.9, 21.0]]
     monkeypatch.setattr(kernels, "load_by", loaded)
-    monkeypatch.setattr(kernels, "measure", lambda models, turns, seconds: by_turn[:turns])
+    monkeypatch.setattr(kernels, "measure", lambda _, turns, __: (by_turn[:turns], [0.0, 2e-7]))
     monkeypatch.setattr(kernels, "compiled_width", lambda: 16)
     monkeypatch.setattr(kernels, "register", lambda width: True)
     monkeypatch.setattr(kernels, "chosen_width", lambda: 16)
-    monkeypatch.setattr(kernels.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1})
     monkeypatch.setattr(throughput.Place, "prepared", lambda place, network: network)
     into = ["--work", str(tmp_path), "--results", str(tmp_path), "--turns", "3"]
     monkeypatch.setattr(sys, "argv", ["kernels", *into])
     kernels.main()
     assert networks == [("nasnet_mobile", width) for width in (0, 16, 8)]
     rows = kernels.table(results.read(tmp_path)[kernels.PART]).splitlines()
-    assert "vectors of 16 (AVX-512) | 0.85 (0.82 to 0.90) | 18.0 / 21.0 | 3 |" in rows[2]
-    assert "vectors of 8 (AVX2) | 0.90 (0.86 to 1.00) | 19.0 / 21.0 | 3 |" in rows[3]
+    assert (
+        "vectors of 16 (AVX-512) | 0.85 (0.82 to 0.90) | 18.0 / 21.0 | same bits | 3 |" in rows[2]
+    )
+    assert " of 8 (AVX2) | 0.90 (0.86 to 1.00) | 19.0 / 21.0 | 2e-07 apart | 3 |" in rows[3]
 
 
 def test_two_at_a_time_are_told_by_their_ratios(tmp_path, monkeypatch):

@@ -190,7 +190,8 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
     archive = built_sdist(tmp_path)
     with tarfile.open(archive) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {*sources(), "formats/_resampling.c", "models/_separable.c"} <= names
+    compiled = ("formats/_resampling", "models/_separable", "models/_separable_avx512")
+    assert {*sources(), *(f"{name}.c" for name in compiled)} <= names
     assert not any(name.startswith(("tests/", "out/")) for name in names)
     python, library = bare_environment(tmp_path / "empty")
     quiet = {"capture_output": True, "check": True, "text": True}
@@ -208,7 +209,7 @@ def test_the_sdist_installs_alone_and_answers_help(tmp_path):
 
 @pytest.mark.parametrize("compiler", [None, "/nowhere/cc"])
 def test_without_a_compiler_it_installs_too(tmp_path, compiler):
-    """The worker's image may have none; with one, the halves in C are compiled, one of them twice."""
+    """The worker's image may have none; with one, all three sources in C are compiled."""
     archive = built_sdist(tmp_path)
     python, library = bare_environment(tmp_path / "empty")
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What it is made of.
-PROJECT = ("pyproject.toml", "setup.py", "formats/_resampling.c", "models/_separable.c")
+PROJECT = (
+    *("pyproject.toml", "setup.py", "formats/_resampling.c"),
+    *("models/_separable.c", "models/_separable_avx512.c"),
+)
 
 
 @pytest.fixture
