@@ -111,13 +111,16 @@ def _layers() -> Graph:
     x.attr["dtype"].type = tf.float32.as_datatype_enum
     x.attr["shape"].shape.CopyFrom(tf.TensorShape(_PICTURES).as_proto())
     last, held = "x", _PICTURES[-1]
-    for columns, stride in ((44, 1), (88, 2), (88, 1), (176, 2), (176, 1)):
+    for side, stride, columns in ((5, 1, 44), (7, 2, 88), (3, 1, 88), (5, 2, 176), (5, 1, 176)):
+        before, by = last, [1, stride, stride, 1]
+        taps = constant_of(side * side, side, side, held, 1)
+        weights = constant_of(held, 1, 1, held, columns)
         last = add("Relu", "relu", last)
-        by = [1, stride, stride, 1]
-        taps, weights = constant_of(25, 5, 5, held, 1), constant_of(held, 1, 1, held, columns)
         last = add("DepthwiseConv2dNative", "depthwise", last, taps, strides=by)
         last = add("Conv2D", "pointwise", last, weights, strides=[1, 1, 1, 1])
         last = add("BiasAdd", "bias", last, constant_of(1, columns))
+        if held == columns:
+            last = add("AddV2", "addition", last, before)
         held = columns
     add("Relu", "y", last)
     return graph
