@@ -325,7 +325,7 @@ def test_a_network_is_made_of_them(vector, monkeypatch):
     ours, onednn = vectors
     for name, width in info.outputs.items():
         assert ours[name].shape == (3, width)
-        assert np.abs(ours[name] - onednn[name]).max() <= 1e-6 * np.abs(onednn[name]).max()
+        assert np.abs(ours[name] - onednn[name]).max() <= 1e-5 * np.abs(onednn[name]).max()
 
 
 def test_what_is_kept_stays(vector):
@@ -385,6 +385,7 @@ def test_machines_without_any_are_told_nothing(monkeypatch, caplog):
 def test_the_faster_ones_compute(monkeypatch, ours, taken):
     taking = itertools.cycle([1.0, ours, 3.0, 3.0])  # every other time both are held up
     monkeypatch.setattr(kernels, "_seconds", lambda function, pixels: next(taking))
+    monkeypatch.setattr(kernels, "_function", lambda graph: lambda pixels: pixels)  # the same bits
     assert kernels.chosen_width.__wrapped__() == (compiled_width() if taken else 0)
 
 
