@@ -13,16 +13,16 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from models.fusing import fuse_convolutions
 from models.graphs import Graph
-from models.runtime import AVX512, constant, tf
+from models.runtime import AVX512, constant, function_of, tf
 from models.separable import LAYOUT, fuse_separable
 
+Run = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
 _COMPILED = {8: "models._separable", 16: "models._separable_avx512"}
 _PICTURES = (8, 28, 28, 44)
 _TURNS = 9
@@ -73,7 +73,7 @@ def chosen_width() -> int:
     fuse_separable(graph, shapes, width)
     functions.append(_function(graph))
     try:
-        onednn, ours = (function(pixels).numpy() for function in functions)
+        onednn, ours = (function(pixels)["y"].numpy() for function in functions)
     except tf.errors.OpError as error:
         log.warning("oneDNN computes separable convolutions: ours were not tried (%s)", error)
         return 0
@@ -90,7 +90,7 @@ def chosen_width() -> int:
 def _layers() -> Graph:
     """Pictures `x` -> `y` by separable convolutions.
 
-    TensorFlow's functions for layers would take longer to import than all of this takes.
+    By nodes: to import TensorFlow's functions for layers would nearly double what the trial takes.
     """
     graph = Graph(tf.compat.v1.GraphDef(), ["y"])
     random = np.random.default_rng(0)
@@ -126,19 +126,13 @@ def _layers() -> Graph:
     return graph
 
 
-def _function(graph: Graph) -> Any:
+def _function(graph: Graph) -> Run:
     """TensorFlow's function of `graph`, `x` -> `y`."""
     weights = {name: constant(array) for name, array in graph.weights.items()}
-
-    def run(x: tf.Tensor) -> tf.Tensor:
-        capture = tf.compat.v1.get_default_graph().capture
-        given = {"x": x, **{name: capture(array) for name, array in weights.items()}}
-        return tf.graph_util.import_graph_def(graph.to_def(), given, ["y:0"], name="")[0]
-
-    return tf.compat.v1.wrap_function(run, [tf.TensorSpec(_PICTURES)])
+    return function_of(graph.to_def(), weights, "x", tf.TensorSpec(_PICTURES), ["y"])  # type: ignore[no-any-return]
 
 
-def _seconds(function: Callable[[tf.Tensor], tf.Tensor], pixels: tf.Tensor) -> float:
+def _seconds(function: Run, pixels: tf.Tensor) -> float:
     start = time.perf_counter()
     function(pixels)
     return time.perf_counter() - start

@@ -27,7 +27,7 @@ from models.graphs import PLAIN_KINDS, Graph, kind
 from models.handles import PREPARED, model_format, resolve
 from models.kernels import chosen_width
 from models.prepared import Prepared
-from models.runtime import BFLOAT16, CORES, GPU_UNSEEN, GPUS, constant, tf, twin
+from models.runtime import BFLOAT16, CORES, GPU_UNSEEN, GPUS, constant, function_of, tf, twin
 from models.safety import check_graph, unsafe_ops, unsafe_types
 from models.separable import fuse_separable, has_separable
 
@@ -303,19 +303,7 @@ def _functions(graph: Graph, outputs: Sequence[str], copies: int) -> list[Run]:
     weights = {name: constant(array) for name, array in graph.weights.items()}
     graph.weights.clear()  # TensorFlow holds them now
     shape = tf.TensorShape(graph.nodes[_PIXELS].attr["shape"].shape)
-
-    def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        capture = tf.compat.v1.get_default_graph().capture
-        tensors = tf.graph_util.import_graph_def(
-            graph_def,
-            input_map={_PIXELS: pixels, **{name: capture(w) for name, w in weights.items()}},
-            return_elements=[f"{name}:0" for name in outputs],
-            name="",
-        )
-        return dict(zip(outputs, tensors, strict=True))
-
-    pixels = tf.TensorSpec(shape, tf.uint8)
-    first = tf.compat.v1.wrap_function(run, [pixels])
+    first = function_of(graph_def, weights, _PIXELS, tf.TensorSpec(shape, tf.uint8), outputs)
     return [_on_arrays(function) for function in (first, *(twin(first) for _ in range(1, copies)))]
 
 

@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,30 @@ def constant(array: np.ndarray) -> tf.Tensor:
     where = context.context()
     where.ensure_initialized()
     return ops.EagerTensor(np.asarray(array, order="C"), where.device_name, None)
+
+
+def function_of(
+    graph: Any,
+    weights: Mapping[str, tf.Tensor],
+    given: str,
+    spec: tf.TensorSpec,
+    outputs: Sequence[str],
+) -> Any:
+    """A ConcreteFunction of the GraphDef `graph`: placeholder `given`, of `spec`, -> `outputs` by
+    name. It holds `weights`, which are its other placeholders.
+    """
+
+    def run(tensor: tf.Tensor) -> dict[str, tf.Tensor]:
+        capture = tf.compat.v1.get_default_graph().capture
+        tensors = tf.graph_util.import_graph_def(
+            graph,
+            input_map={given: tensor, **{name: capture(w) for name, w in weights.items()}},
+            return_elements=[f"{name}:0" for name in outputs],
+            name="",
+        )
+        return dict(zip(outputs, tensors, strict=True))
+
+    return tf.compat.v1.wrap_function(run, [spec])
 
 
 def twin(function: Any) -> Any:

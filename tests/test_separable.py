@@ -130,7 +130,7 @@ def fused(graph: Graph, vector: int) -> Graph:
     return graph
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
     kernel=st.sampled_from([(0, 1), (3, 1), (5, 1), (7, 1), (2, 2), (3, 2), (5, 2), (7, 2)]),
     height=st.integers(1, 30),
@@ -323,9 +323,10 @@ def test_a_network_is_made_of_them(vector, monkeypatch):
         monkeypatch.setattr(loading, "chosen_width", lambda width=width: width)
         vectors.append(loading.load(spec)(pixels.astype(np.uint8)))
     ours, onednn = vectors
+    most = 1e-5 if "avx512f" in FLAGS else 1e-6  # by AVX-512 nobody has seen yet
     for name, width in info.outputs.items():
         assert ours[name].shape == (3, width)
-        assert np.abs(ours[name] - onednn[name]).max() <= 1e-5 * np.abs(onednn[name]).max()
+        assert np.abs(ours[name] - onednn[name]).max() <= most * np.abs(onednn[name]).max()
 
 
 def test_what_is_kept_stays(vector):
@@ -350,6 +351,24 @@ def test_a_half_of_another_version_is_not_used(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "pipeline"):
         assert kernels.compiled_width.__wrapped__() == 0
     assert "install the project again" in caplog.text
+
+
+@pytest.mark.skipif(bool(GPUS), reason="a GPU computes here")
+def test_without_kernels_of_ours_onednns_operations_stay(monkeypatch):
+    monkeypatch.setattr(loading, "chosen_width", lambda: 0)
+    graph = loading._assembled(loading.LoadSpec(exports.exported("saved_model", "classification")))[
+        1
+    ]
+    loading._for_device(graph, bfloat16=False)
+    assert ops(graph)[PAIR] > 10
+    assert not ops(graph)[OURS]
+
+
+def test_networks_without_such_layers_are_not_timed(monkeypatch):
+    monkeypatch.setattr(loading, "chosen_width", lambda: pytest.fail("it is asked for"))
+    graph = graph_of(Layer((9, 9), 16, 8, side=0), 16)
+    loading._for_device(graph, bfloat16=False)
+    assert not ops(graph)[OURS]
 
 
 @pytest.mark.parametrize("avx512", [False, True])
@@ -385,7 +404,7 @@ def test_machines_without_any_are_told_nothing(monkeypatch, caplog):
 def test_the_faster_ones_compute(monkeypatch, ours, taken):
     taking = itertools.cycle([1.0, ours, 3.0, 3.0])  # every other time both are held up
     monkeypatch.setattr(kernels, "_seconds", lambda function, pixels: next(taking))
-    monkeypatch.setattr(kernels, "_function", lambda graph: lambda pixels: pixels)  # the same bits
+    monkeypatch.setattr(kernels, "_function", lambda graph: lambda pixels: {"y": pixels})
     assert kernels.chosen_width.__wrapped__() == (compiled_width() if taken else 0)
 
 
