@@ -107,6 +107,8 @@ class Layer:
     def __init__(self, size, channels, columns, side=3, stride=1, relu=(True, True), add=False):
         self.size, self.side, self.stride, self.relu, self.add = size, side, stride, relu, add
         self.taps = normal(1, side, side, channels, 1)
+        if side == 2:  # as folding writes a factorized reduction's odd pixels
+            self.taps[:] = np.array([[0, 0], [0, 1]])[:, :, np.newaxis, np.newaxis]
         self.weights = normal(2, 1, 1, channels, columns)
         self.bias = normal(3, columns)
 
@@ -115,7 +117,8 @@ class Layer:
         x = tf.nn.relu(x) if before else x
         if self.side:
             x = tf.nn.depthwise_conv2d(x, self.taps, [1, self.stride, self.stride, 1], "SAME")
-        x = tf.nn.bias_add(tf.nn.conv2d(x, self.weights, 1, "SAME"), self.bias)
+        stride = 1 if self.side else self.stride
+        x = tf.nn.bias_add(tf.nn.conv2d(x, self.weights, stride, "SAME"), self.bias)
         if self.add:
             shape = [None, *(-(-side // self.stride) for side in self.size), len(self.bias)]
             x = x + tf.compat.v1.placeholder(tf.float32, shape, "addend")
@@ -132,37 +135,69 @@ def fused(graph: Graph, vector: int) -> Graph:
 
 @settings(deadline=None, max_examples=100)
 @given(
-    kernel=st.sampled_from([(0, 1), (3, 1), (5, 1), (7, 1), (2, 2), (3, 2), (5, 2), (7, 2)]),
+    kernel=st.sampled_from(
+        [(0, 1), (3, 1), (5, 1), (7, 1), (0, 2), (2, 2), (3, 2), (5, 2), (7, 2)]
+    ),
     height=st.integers(1, 30),
     width=st.integers(13, 40),
-    channels=st.integers(8, 70),
+    parts=st.lists(st.integers(1, 40), min_size=1, max_size=3).filter(lambda them: sum(them) >= 8),
     columns=st.integers(1, 70),
     relu=st.tuples(st.booleans(), st.booleans()),
     add=st.booleans(),
     batch=st.integers(1, 9),
 )
 def test_every_layer_is_tensorflows(
-    vector, kernel, height, width, channels, columns, relu, add, batch
+    vector, kernel, height, width, parts, columns, relu, add, batch
 ):
+    """Of the results of other layers side by side, `parts` channels each."""
     side, stride = kernel
-    layer = Layer((height, width), channels, columns, side, stride, relu, add)
-    before = Layer((height, width), channels, channels, relu=(False, False))
+    size = height, width
+    layer = Layer(size, sum(parts), columns, side, stride, relu, add)
+    before = [Layer(size, 8, part, relu=(False, False)) for part in parts]
 
-    def make(x):  # one of 1 x 1 alone behind a pair, without which it would be left
-        return layer(x if side else before(x))
+    def make(x):
+        return layer(tf.concat([one(x) for one in before], 3) if len(before) > 1 else before[0](x))
 
-    make.size = layer.size
-    pixels = {"x": normal(4, batch, height, width, channels)}
+    make.size = size
+    pixels = {"x": normal(4, batch, height, width, 8)}
     if add:
         pixels["addend"] = normal(5, batch, -(-height // stride), -(-width // stride), columns)
-    wanted = run(graph_of(make, channels), **pixels)
-    graph = fused(graph_of(make, channels), vector)
-    assert ops(graph)[OURS] == (1 if side else 2)
-    assert not {PAIR, FUSED, "Conv2D", "BiasAdd", "AddV2", "Relu"} & ops(graph).keys()
+    wanted = run(graph_of(make, 8), **pixels)
+    graph = fused(graph_of(make, 8), vector)
+    assert ops(graph)[OURS] == len(parts) + 1
+    left = {PAIR, FUSED, "Conv2D", "BiasAdd", "AddV2", "Relu", "ConcatV2"}
+    assert not left & ops(graph).keys()
     found = run(graph, **pixels)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
     last = run(graph, **{name: value[-1:] for name, value in pixels.items()})
     assert np.array_equal(last[0], found[-1])  # whatever its place, whatever is beside it
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    side=st.sampled_from([3, 5, 7]),
+    height=st.integers(1, 20),
+    width=st.integers(7, 20),
+    parts=st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda them: sum(them) >= 8),
+    batch=st.integers(1, 5),
+)
+def test_pictures_with_a_relu_and_without(vector, side, height, width, parts, batch):
+    """A concatenation that layers with a ReLU before them read, and others."""
+    size, channels = (height, width), sum(parts)
+    one = Layer(size, channels, 12, side)
+    other = Layer(size, channels, 12, relu=(False, False))
+
+    def make(x):
+        joined = tf.concat(tf.split(x, parts, 3), 3) if len(parts) > 1 else x
+        return one(joined) + other(joined)
+
+    make.size = size
+    pixels = normal(4, batch, height, width, channels)
+    wanted = run(graph_of(make, channels), x=pixels)
+    graph = fused(graph_of(make, channels), vector)
+    assert ops(graph)[OURS] == 2
+    assert not {PAIR, FUSED, "AddV2", "Relu", "ConcatV2"} & ops(graph).keys()
+    assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("side", [3, 7])
@@ -210,10 +245,22 @@ def depthwise_by(layer, **given):
     return make
 
 
-def strided(layer):
+def strided(layer, strides):
     def make(x):
         weights = normal(6, 1, 1, 8, 8)
-        return tf.nn.bias_add(tf.nn.conv2d(layer(x), weights, 2, "SAME"), layer.bias)
+        return tf.nn.bias_add(tf.nn.conv2d(layer(x), weights, strides, "SAME"), layer.bias)
+
+    return make
+
+
+def joined(layer, count, axis=3, also=lambda x: 0.0):
+    """A convolution of 1 x 1 of `count` times the layer, and what `also` makes of them."""
+
+    def make(x):
+        many = tf.concat([layer(x + place) for place in range(count)], axis)
+        weights = normal(6, 1, 1, many.shape[3], 8)
+        y = tf.nn.bias_add(tf.nn.conv2d(many, weights, 1, "SAME"), layer.bias)
+        return tf.reduce_sum(y, [1, 2]) + tf.reduce_sum(also(many))
 
     return make
 
@@ -255,7 +302,16 @@ LEFT_ALONE = {
     "four by four": (depthwise_by(PLAIN, taps=normal(1, 4, 4, 16, 1)), 16, {FUSED: 1, PAIR: 1}),
     "one by three": (depthwise_by(PLAIN, taps=normal(1, 1, 3, 16, 1)), 16, {FUSED: 1, PAIR: 1}),
     "two of each": (depthwise_by(PLAIN, taps=normal(1, 3, 3, 8, 2)), 8, {FUSED: 1, PAIR: 1}),
-    "every other pixel": (strided(PLAIN), 16, {OURS: 1, FUSED: 1}),
+    "two by two": (
+        depthwise_by(PLAIN, taps=normal(1, 2, 2, 16, 1), strides=[1, 2, 2, 1]),
+        16,
+        {FUSED: 1, PAIR: 1},
+    ),
+    "every third pixel": (strided(PLAIN, 3), 16, {OURS: 1, FUSED: 1}),
+    "every other column": (strided(PLAIN, [1, 1, 2, 1]), 16, {OURS: 1, FUSED: 1}),
+    "17 pictures side by side": (joined(PLAIN, 17), 16, {OURS: 18, "ConcatV2": 1}),
+    "one below the other": (joined(PLAIN, 2, 1), 16, {OURS: 3, "ConcatV2": 1}),
+    "what others read too": (joined(PLAIN, 2, also=tf.sin), 16, {OURS: 3, "ConcatV2": 1}),
 }
 
 
@@ -323,10 +379,9 @@ def test_a_network_is_made_of_them(vector, monkeypatch):
         monkeypatch.setattr(loading, "chosen_width", lambda width=width: width)
         vectors.append(loading.load(spec)(pixels.astype(np.uint8)))
     ours, onednn = vectors
-    most = 1e-5 if "avx512f" in FLAGS else 1e-6  # by AVX-512 nobody has seen yet
     for name, width in info.outputs.items():
         assert ours[name].shape == (3, width)
-        assert np.abs(ours[name] - onednn[name]).max() <= most * np.abs(onednn[name]).max()
+        assert np.abs(ours[name] - onednn[name]).max() <= 1e-6 * np.abs(onednn[name]).max()
 
 
 def test_what_is_kept_stays(vector):
