@@ -26,6 +26,7 @@ _LAST = np.array([[0, 0], [0, 1]])[:, :, np.newaxis]  # of 2 x 2 taps
 _NARROWEST = 7  # pixels of a result's line that it takes at once
 _MOST_PICTURES = 16  # side by side, channels behind channels
 _FEWEST = 8  # channels: of fewer most of a vector would be empty
+_DEEPEST = 1280  # channels by 1 x 1: of more oneDNN adds up parts by AVX-512, to other bits
 # Above these oneDNN is as fast: bytes of a padded line, and of the weights of 1 x 1.
 _WIDEST_LINE = 32 << 10
 _HEAVIEST = 2 << 20
@@ -111,6 +112,7 @@ def _is_pointwise(graph: Graph, node: Any, shapes: Shapes) -> bool:
     return (
         weights is not None
         and weights.shape[:3] == (1, 1, channels)  # fewer than there are would be of groups
+        and weights.shape[2] <= _DEEPEST
         and weights.nbytes <= _HEAVIEST
         and graph.constant(node.input[2]) is not None
         and node.attr["padding"].s in (b"SAME", b"VALID")

@@ -285,6 +285,11 @@ LEFT_ALONE = {
     "lines of 38 KB": (WIDE, 32, {FUSED: 1, PAIR: 1}),
     "fewer than eight channels": (FEW, 4, {FUSED: 1, PAIR: 1}),
     "4 MB of weights": (convolved(WIDENED, normal(6, 1, 1, 1024, 1024)), 16, {OURS: 1, FUSED: 1}),
+    "1281 channels": (
+        convolved(Layer((7, 7), 16, 1281), normal(6, 1, 1, 1281, 8)),
+        16,
+        {OURS: 1, FUSED: 1},
+    ),
     "groups": (convolved(PLAIN, normal(6, 1, 1, 4, 8)), 16, {OURS: 1, FUSED: 1}),
     "padding of 1 x 1": (
         convolved(PLAIN, normal(6, 1, 1, 8, 8), [[0, 0], [1, 1], [1, 1], [0, 0]]),
