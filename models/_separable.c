@@ -102,15 +102,16 @@ INLINED void pad_by(
     const Layer *layer, const Part *parts, size_t at, size_t batch, int top, int bottom, float *to,
     const bool relu
 ) {
-    size_t width = layer->width, inside = width * layer->held, picture = layer->height * width;
-    for (int y = top; y < bottom; y++, to += layer->padded * layer->held) {
-        float *pixel = to + layer->left * layer->held, *beside = pixel + inside;
+    size_t width = layer->width, held = layer->held, picture = layer->height * width;
+    size_t line = layer->padded * held, inside = width * held;
+    for (int y = top; y < bottom; y++, to += line) {
+        float *pixel = to + layer->left * held, *beside = pixel + inside;
         if (y < 0 || y >= layer->height) {
             memset(pixel, 0, inside * sizeof(float));
             continue;
         }
-        Vector kept = *(const Loose *)beside; /* a few channels at a line's end reach there */
-        for (size_t x = at * picture + y * width; pixel < beside; x++, pixel += layer->held) {
+        Vector kept = *(const Loose *)beside; /* a few channels reach there: at least a pixel is */
+        for (size_t x = at * picture + y * width; pixel < beside; x++, pixel += held) {
             float *into = pixel;
             for (const Part *part = parts; part < parts + layer->pictures; part++) {
                 const float *end = part->from + batch * picture * part->channels;
@@ -135,7 +136,8 @@ INLINED void taps(
     const Layer *layer, const float *padded, const float *tap, float *to, const int side,
     const int stride, const int some
 ) {
-    int held = layer->held, columns = layer->out_width;
+    size_t held = layer->held;
+    int columns = layer->out_width;
     size_t line = (size_t)layer->padded * held;
     for (int x = 0; x < columns; x += PIXELS) {
         x = x + PIXELS > columns ? columns - PIXELS : x; /* some once more, the same */
@@ -352,7 +354,7 @@ separable(const Layer *layer, size_t batch, const Part *parts, const float *adde
         band = (most - around) / (more + line);
     }
     size_t padding = around + (band < lines ? band : lines) * more;
-    float *padded = scratch(padding + band * line + WIDTH); /* `pad` reaches beyond a line */
+    float *padded = scratch(padding + band * line);
     if (!padded) return false;
     float *between = padded + padding;
     for (float *beside = padded; beside < between; beside += whole) {
@@ -465,6 +467,7 @@ static bool has_shape(void *tensor, const int64_t sizes[4]) {
 static bool measured(Layer *layer, Part *parts, void *const *tensor, int count) {
     int side = layer->side, stride = layer->stride, offset = layer->offset;
     if (side && side != 3 && side != 5 && side != 7) return false;
+    if (!side && layer->relu_before) return false;
     if ((stride != 1 && stride != 2) || offset < 0 || offset >= (side ? 1 : stride)) return false;
     int64_t most = INT32_MAX / 16, channels = 0;
     for (int p = 0; p < layer->pictures; p++) {

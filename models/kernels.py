@@ -126,7 +126,7 @@ def _layers() -> Graph:
     last = add("ConcatV2", "joined", last, before, axis)
     graph.nodes[last].attr["N"].i = 2
     graph.nodes[last].attr["Tidx"].type = tf.int32.as_datatype_enum
-    last = add("Conv2D", "pointwise", last, constant_of(352, 1, 1, 352, 176), strides=[1, 1, 1, 1])
+    last = add("Conv2D", "pointwise", last, constant_of(352, 1, 1, 352, 176), strides=[1, 2, 2, 1])
     last = add("BiasAdd", "bias", last, constant_of(1, 176))
     add("Relu", "y", last)
     return graph

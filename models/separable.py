@@ -41,8 +41,9 @@ def fuse_separable(graph: Graph, shapes: Shapes, width: int) -> None:
     """Make each depthwise convolution and the fused one of 1 x 1 behind it one operation.
 
     Where there are any, so is each other fused one of 1 x 1 that they take. A ReLU that only such
-    pairs read is taken in (of NaN it is 0 then, as in fused ones), and a concatenation of channels
-    that only these convolutions read. In float32, where nothing else reads what lies between.
+    pairs read is taken in (of NaN it is 0 then, as in fused ones; not before a slice), and a
+    concatenation of channels that only these convolutions read. In float32, where nothing else
+    reads what lies between.
     `shapes` are those before `fuse_convolutions`; `width`: floats of a vector of the kernels, 8 or
     16.
     """
@@ -52,7 +53,7 @@ def fuse_separable(graph: Graph, shapes: Shapes, width: int) -> None:
         return
     for node, depthwise in found:
         _replace(graph, node, depthwise, width)
-    _take_relus(graph, pairs)
+    _take_relus(graph, {name for name in pairs if graph.nodes[name].attr["side"].i})
     graph.prune()  # of those ReLUs: they read concatenations
     _take_concatenations(graph, {node.name for node, _ in found})
     graph.prune()

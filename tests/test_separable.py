@@ -18,7 +18,7 @@ from pathlib import Path
 import exports
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models import kernels, loading
@@ -173,19 +173,25 @@ def test_every_layer_is_tensorflows(
     assert np.array_equal(last[0], found[-1])  # whatever its place, whatever is beside it
 
 
-@settings(deadline=None, max_examples=50)
+KERNELS = [(3, 1), (5, 1), (7, 1), (2, 2), (3, 2), (5, 2), (7, 2)]
+
+
+@settings(deadline=None, max_examples=60)
 @given(
-    side=st.sampled_from([3, 5, 7]),
-    height=st.integers(1, 20),
-    width=st.integers(7, 20),
+    kernel=st.sampled_from(KERNELS),
+    height=st.integers(1, 30),
+    width=st.integers(13, 30),
     parts=st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda them: sum(them) >= 8),
     batch=st.integers(1, 5),
 )
-def test_pictures_with_a_relu_and_without(vector, side, height, width, parts, batch):
+@example(kernel=(5, 1), height=45, width=60, parts=[30, 5, 37], batch=2)  # some lines a band
+@example(kernel=(2, 2), height=13, width=13, parts=[9], batch=2)  # zeros beyond both edges
+def test_pictures_with_a_relu_and_without(vector, kernel, height, width, parts, batch):
     """A concatenation that layers with a ReLU before them read, and others."""
+    side, stride = kernel
     size, channels = (height, width), sum(parts)
-    one = Layer(size, channels, 12, side)
-    other = Layer(size, channels, 12, relu=(False, False))
+    one = Layer(size, channels, 12, side, stride)
+    other = Layer(size, channels, 12, 3, stride, relu=(False, False))
 
     def make(x):
         joined = tf.concat(tf.split(x, parts, 3), 3) if len(parts) > 1 else x
@@ -196,7 +202,27 @@ def test_pictures_with_a_relu_and_without(vector, side, height, width, parts, ba
     wanted = run(graph_of(make, channels), x=pixels)
     graph = fused(graph_of(make, channels), vector)
     assert ops(graph)[OURS] == 2
-    assert not {PAIR, FUSED, "AddV2", "Relu", "ConcatV2"} & ops(graph).keys()
+    assert not {PAIR, FUSED, "AddV2"} & ops(graph).keys()
+    left = side == 2  # a slice's ReLU stays, and what it reads
+    assert ops(graph)["Relu"] == left
+    assert ops(graph)["ConcatV2"] == (left and len(parts) > 1)
+    assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("side", [0, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 3), (4, 5), (5, 4), (1, 1200)])
+def test_every_second_pixel_of_any_size(vector, side, size):
+    """Beside a pair, without which one of 1 x 1 alone would be left; lines of two bands."""
+    layer, pair = Layer(size, 200, 9, side, 2, relu=(False, True)), Layer((9, 9), 200, 8)
+
+    def make(x):
+        return layer(x) + tf.reduce_sum(pair(tf.zeros([1, 9, 9, 200])))
+
+    make.size = size
+    pixels = normal(4, 3, *size, 200)
+    wanted = run(graph_of(make, 200), x=pixels)
+    graph = fused(graph_of(make, 200), vector)
+    assert ops(graph)[OURS] == 2
     assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
