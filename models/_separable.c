@@ -1,5 +1,6 @@
 /* A separable convolution as one operation of TensorFlow's: a depthwise one, one of 1 x 1, bias,
-   addition and ReLU, band by band, so that what lies between stays in the cache.
+   addition and ReLU, band by band, so that what lies between stays in the cache. Its channels may
+   lie in several pictures, which need not be concatenated.
 
    Kernels are added to TensorFlow through its C interface, whose functions are looked up where it
    is loaded: nothing of it is needed to compile this. models/kernels.py says when it is asked. */
@@ -216,11 +217,10 @@ INLINED void panel(
                 size_t pixel = at + ((size_t)r < there ? (size_t)r : there - 1);
                 row[r] = part->from + pixel * part->apart;
             }
-            const float *soon = part->from + (at + rows) * part->apart;
-
+            const float *next = part->from + (at + rows) * part->apart; /* fetched ahead */
             for (int k = 0; k < part->channels; k++, weight += vectors * WIDTH) {
                 Vector by[WIDEST];
-                __builtin_prefetch(soon + k * rows, 0, 2);
+                __builtin_prefetch(next + k * rows, 0, 2);
                 UNROLLED for (int v = 0; v < vectors; v++)
                     by[v] = *(const Loose *)(weight + v * WIDTH);
                 UNROLLED for (int r = 0; r < rows; r++)
@@ -310,14 +310,15 @@ static float *scratch(size_t floats) {
 static bool pointwise(
     const Layer *layer, size_t batch, const Part *parts, const float *addend, float *to
 ) {
-    size_t stride = layer->stride, offset = layer->offset, width = layer->width, whole = stride == 1;
+    size_t stride = layer->stride, offset = layer->offset, width = layer->width;
+    bool whole = stride == 1; /* all pixels of all pictures, as one line */
     size_t lines = whole ? 1 : batch * layer->out_height;
     size_t line = whole ? batch * layer->height * width : (size_t)layer->out_width;
     size_t inside = whole ? line : (width - offset + stride - 1) / stride;
     size_t most = BAND / sizeof(float) / layer->channels / ROWS(1) * ROWS(1);
-    const float *zeros = inside < line || layer->height % stride ? scratch(layer->channels) : to;
+    float *zeros = scratch(layer->channels);
     if (!zeros) return false;
-    if (zeros != to) memset((float *)zeros, 0, layer->channels * sizeof(float));
+    memset(zeros, 0, layer->channels * sizeof(float));
     if (!most) most = ROWS(1);
     for (size_t y = 0; y < lines; y++) {
         size_t above = y % layer->out_height * stride + offset, some;

@@ -340,6 +340,8 @@ LEFT_ALONE = {
     ),
     "every third pixel": (strided(PLAIN, 3), 16, {OURS: 1, FUSED: 1}),
     "every other column": (strided(PLAIN, [1, 1, 2, 1]), 16, {OURS: 1, FUSED: 1}),
+    "16 pictures side by side": (joined(PLAIN, 16), 16, {OURS: 17, "ConcatV2": 0}),
+    "their last axis": (joined(PLAIN, 2, -1), 16, {OURS: 3, "ConcatV2": 0}),
     "17 pictures side by side": (joined(PLAIN, 17), 16, {OURS: 18, "ConcatV2": 1}),
     "one below the other": (joined(PLAIN, 2, 1), 16, {OURS: 3, "ConcatV2": 1}),
     "what others read too": (joined(PLAIN, 2, also=tf.sin), 16, {OURS: 3, "ConcatV2": 1}),
@@ -354,6 +356,20 @@ def test_what_is_left_to_onednn(vector, name):
     wanted = run(graph_of(make, channels), x=pixels)
     graph = fused(graph_of(make, channels), vector)
     assert {op: ops(graph)[op] for op in counted} == counted
+    assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_a_concatenation_that_is_added_stays(vector):
+    def make(x):
+        many = tf.concat([PLAIN(x), PLAIN(x + 1)], 3)
+        conv = tf.nn.conv2d(many, normal(6, 1, 1, 16, 16), 1, "SAME")
+        return tf.nn.bias_add(conv, normal(7, 16)) + many
+
+    make.size = (9, 9)
+    pixels = normal(4, 2, 9, 9, 16)
+    wanted = run(graph_of(make, 16), x=pixels)
+    graph = fused(graph_of(make, 16), vector)
+    assert (ops(graph)[OURS], ops(graph)["ConcatV2"], ops(graph)["AddV2"]) == (3, 1, 1)  # x + 1
     assert np.abs(run(graph, x=pixels) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
@@ -396,6 +412,22 @@ def test_shapes_that_do_not_fit_are_refused(vector, given, shape):
         run(graph, **{**pixels, given: normal(6, *shape)})
 
 
+@pytest.mark.parametrize(
+    "changed", [{"relu_before": 1}, {"offset": 2}, {"stride": 3}, {"side": 2}, {"side": 3}]
+)
+def test_layers_that_there_are_not_are_refused(vector, changed):
+    graph = fused(graph_of(Layer((14, 14), 16, 8, 2, 2, relu=(False, True)), 16), vector)
+    (layer,) = (node for node in graph.nodes.values() if node.op.startswith(OURS))
+    run(graph, x=normal(4, 2, 14, 14, 16))
+    for name, value in changed.items():
+        if name == "relu_before":
+            layer.attr[name].b = bool(value)
+        else:
+            layer.attr[name].i = value
+    with pytest.raises(tf.errors.InvalidArgumentError, match="do not fit together"):
+        run(graph, x=normal(4, 2, 14, 14, 16))
+
+
 @pytest.mark.skipif(bool(GPUS), reason="a GPU computes here")
 def test_a_network_is_made_of_them(vector, monkeypatch):
     spec = loading.LoadSpec(exports.exported("saved_model", "classification"))
@@ -423,6 +455,12 @@ def test_what_is_kept_stays(vector):
     for op in (PAIR, "Relu"):
         graph = fused(Graph(built.as_graph_def(), ["y", names[op]]), vector)
         assert graph.nodes[names[op]].op == op
+    with tf.Graph().as_default() as built:
+        x = tf.compat.v1.placeholder(tf.float32, [None, 9, 9, 16], "x")
+        tf.identity(PLAIN(tf.concat([PLAIN(x), PLAIN(x)], 3, name="both")), name="y")
+    graph = fused(Graph(built.as_graph_def(), ["y", "both"]), vector)
+    assert graph.nodes["both"].op == "ConcatV2"
+    assert ops(graph)[OURS] == 3
 
 
 @compiled
