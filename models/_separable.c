@@ -62,14 +62,6 @@ typedef struct {
 /* The larger of it and 0; of NaN 0. */
 INLINED Vector positive(Vector it) { return (Vector)((Mask)it & (it > 0)); }
 
-/* A vector of what is there before `end`. */
-INLINED Vector load(const float *from, const float *end) {
-    if (end - from >= WIDTH) return *(const Loose *)from;
-    Vector it = {0};
-    memcpy(&it, from, (end - from) * sizeof(float));
-    return it;
-}
-
 /* Some channels of pixels, of which one is `apart` floats from the next. */
 typedef struct {
     const float *from;
@@ -80,9 +72,10 @@ typedef struct {
 /* `channels` of them. Of a few as many as fill a vector are written, but none read from `end` on. */
 INLINED void
 copy(const float *from, const float *end, int channels, float *to, const bool relu) {
-    Vector it;
+    Vector it = {0};
     if (channels < WIDTH) {
-        it = load(from, end);
+        if (end - from >= WIDTH) it = *(const Loose *)from;
+        else memcpy(&it, from, (end - from) * sizeof(float));
         *(Loose *)to = relu ? positive(it) : it;
         return;
     }
@@ -457,13 +450,6 @@ static int beyond(int size, int stride, int kernel) {
     return more > 0 ? more : 0;
 }
 
-/* Whether `tensor` has these sizes. */
-static bool has_shape(void *tensor, const int64_t sizes[4]) {
-    bool same = tf.NumDims(tensor) == 4;
-    for (int i = 0; same && i < 4; i++) same = tf.Dim(tensor, i) == sizes[i];
-    return same;
-}
-
 /* What `compute` adds of sizes and `parts`; false where a tensor is not as the layer has it. */
 static bool measured(Layer *layer, Part *parts, void *const *tensor, int count) {
     int side = layer->side, stride = layer->stride, offset = layer->offset;
@@ -502,7 +488,9 @@ static bool measured(Layer *layer, Part *parts, void *const *tensor, int count) 
     if (count < layer->pictures + 4) return true;
     const int64_t result[] = {
         tf.Dim(tensor[0], 0), layer->out_height, layer->out_width, layer->columns};
-    return has_shape(given[3], result);
+    bool same = tf.NumDims(given[3]) == 4;
+    for (int i = 0; same && i < 4; i++) same = tf.Dim(given[3], i) == result[i];
+    return same;
 }
 
 static void compute(void *kernel, void *context) {
